@@ -1,0 +1,120 @@
+"""The one reader of the environment: every ``R3PATCH_`` variable, its values and its default.
+
+Read once, at import, and strictly: a misspelt switch that is ignored would leave a run trained
+differently from what its owner asked for, without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from r3patch._errors import ConfigError
+
+PREFIX = "R3PATCH_"
+BRIDGES = ("miles", "slime", "verl")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One row of the environment table."""
+
+    name: str
+    default: str
+    takes: str
+    effect: str
+    parse: Callable[[str], Any]
+    """Turns the text into the field of `Config`; raises ValueError for any other text."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the environment asks for."""
+
+    disable: bool
+    native: str
+    bridges: tuple[str, ...]
+    measure: bool
+    trace: str | None
+
+
+def _one_of(choices: Mapping[str, Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if text not in choices:
+            raise ValueError(text)
+        return choices[text]
+
+    return parse
+
+
+def _bridges(text: str) -> tuple[str, ...]:
+    if text in ("auto", "none"):
+        return BRIDGES if text == "auto" else ()
+    names = text.split(",")
+    if not set(names) <= set(BRIDGES):
+        raise ValueError(text)
+    return tuple(name for name in BRIDGES if name in names)
+
+
+_SWITCH = _one_of({"0": False, "1": True})
+
+#: Keyed by the field of `Config` that the variable sets.
+TABLE: dict[str, Variable] = {
+    "disable": Variable(
+        "R3PATCH_DISABLE", "0", "'0' or '1'", "1: the import patches nothing", _SWITCH
+    ),
+    "native": Variable(
+        "R3PATCH_NATIVE",
+        "govern",
+        "'govern' or 'leave'",
+        "leave: Megatron's own RouterReplay registry is not touched",
+        _one_of({"govern": "govern", "leave": "leave"}),
+    ),
+    "bridges": Variable(
+        "R3PATCH_BRIDGES",
+        "auto",
+        "'auto', 'none', or names out of 'miles,slime,verl' with commas and no spaces",
+        "which foreign replay managers to govern; auto: those the process imports",
+        _bridges,
+    ),
+    "measure": Variable("R3PATCH_MEASURE", "0", "'0' or '1'", "default of measure=", _SWITCH),
+    "trace": Variable(
+        "R3PATCH_TRACE",
+        "",
+        "nothing, or a path",
+        "JSON lines, one per session and rank",
+        lambda text: text or None,
+    ),
+}
+
+
+def read(environ: Mapping[str, str]) -> Config:
+    """Parse the ``R3PATCH_`` variables of an environment.
+
+    Raises:
+        ConfigError: a variable is not in `TABLE`, or its value is not one it takes.
+    """
+    known = {variable.name for variable in TABLE.values()}
+    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise ConfigError(
+            f"unknown environment variable {', '.join(unknown)}: r3patch knows "
+            f"{', '.join(sorted(known))}. Unset it or correct its name."
+        )
+    return Config(**{field: _value(variable, environ) for field, variable in TABLE.items()})
+
+
+def _value(variable: Variable, environ: Mapping[str, str]) -> Any:
+    text = environ.get(variable.name, variable.default)
+    try:
+        return variable.parse(text)
+    except ValueError:
+        raise ConfigError(
+            f"{variable.name} is {text!r}, but takes {variable.takes}; the default is "
+            f"{variable.default!r} ({variable.effect})."
+        ) from None
+
+
+CONFIG = read(os.environ)

@@ -1,0 +1,71 @@
+"""The environment: every variable, strictly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from r3patch import ConfigError, _config
+
+
+def test_defaults() -> None:
+    """An empty environment gives the first value of each row; other variables are not ours."""
+    config = _config.read({"PATH": "/bin", "R3": "1"})
+    assert config == _config.Config(
+        disable=False,
+        native="govern",
+        bridges=("miles", "slime", "verl"),
+        measure=False,
+        trace=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field", "expected"),
+    [
+        ("R3PATCH_DISABLE", "1", "disable", True),
+        ("R3PATCH_NATIVE", "leave", "native", "leave"),
+        ("R3PATCH_BRIDGES", "none", "bridges", ()),
+        ("R3PATCH_BRIDGES", "verl,miles", "bridges", ("miles", "verl")),
+        ("R3PATCH_MEASURE", "1", "measure", True),
+        ("R3PATCH_TRACE", "run/trace.jsonl", "trace", "run/trace.jsonl"),
+        ("R3PATCH_TRACE", "", "trace", None),
+    ],
+)
+def test_values(name: str, value: str, field: str, expected: Any) -> None:
+    """Each value of the table is taken."""
+    assert getattr(_config.read({name: value}), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("R3PATCH_DISABLE", "true"),
+        ("R3PATCH_DISABLE", ""),
+        ("R3PATCH_NATIVE", "Govern"),
+        ("R3PATCH_BRIDGES", ""),
+        ("R3PATCH_BRIDGES", "miles, slime"),
+        ("R3PATCH_BRIDGES", "miles,"),
+        ("R3PATCH_BRIDGES", "auto,verl"),
+        ("R3PATCH_MEASURE", "2"),
+    ],
+)
+def test_other_values_are_refused(name: str, value: str) -> None:
+    """The error names the variable, what it got, what it takes and the default."""
+    with pytest.raises(ConfigError) as caught:
+        _config.read({name: value})
+    variable = next(v for v in _config.TABLE.values() if v.name == name)
+    assert str(caught.value).startswith(f"{name} is {value!r}, but takes {variable.takes}; ")
+    assert f"the default is {variable.default!r} (" in str(caught.value)
+
+
+def test_unknown_variables_are_refused() -> None:
+    """A misspelt switch is an error that lists the known ones, not a run without the switch."""
+    with pytest.raises(ConfigError) as caught:
+        _config.read({"R3PATCH_MESURE": "1", "R3PATCH_DISABLE": "1"})
+    assert str(caught.value) == (
+        "unknown environment variable R3PATCH_MESURE: r3patch knows R3PATCH_BRIDGES, "
+        "R3PATCH_DISABLE, R3PATCH_MEASURE, R3PATCH_NATIVE, R3PATCH_TRACE. Unset it or correct its "
+        "name."
+    )

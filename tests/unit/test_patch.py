@@ -1,0 +1,447 @@
+"""Install and uninstall: any order, any thread, whoever else patches, and never in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GENERATIONS = ("v012", "v013", "v015", "v017")
+LABELLED = ["main", "main", "mtp", "mtp"]
+
+ORDERS = {
+    "install import": True,
+    "import install": True,
+    "install install import": True,
+    "import install install": True,
+    "install import install": True,
+    "install uninstall import": False,
+    "install import uninstall": False,
+    "import install uninstall": False,
+    "install uninstall uninstall import": False,
+    "install uninstall install import": True,
+    "install uninstall import install": True,
+    "install import uninstall install": True,
+    "import install uninstall install": True,
+    "install import uninstall install uninstall": False,
+    "import install uninstall install uninstall install": True,
+}
+
+Fresh = Callable[..., str]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_constructors_are_wrapped_once_or_not_at_all(
+    fresh: Fresh, order: str, generation: str
+) -> None:
+    """In any order of import, install and uninstall, each constructor has one wrapper or none."""
+    fresh(
+        f"""
+        import types
+        import probe
+
+        def step(name):
+            if name == "import":
+                import megatron.core.models
+            else:
+                import r3patch
+                getattr(r3patch, name)()
+
+        for name in {order.split()!r}:
+            step(name)
+        installed = {ORDERS[order]}
+        assert [probe.layers(cls) for cls in probe.classes()] == [int(installed)] * 3
+        if not installed:
+            assert all(type(vars(c)["__init__"]) is types.FunctionType for c in probe.classes())
+        assert probe.states() == ["installed" if installed else "disabled"] * 3
+        labels = probe.labels(probe.build())
+        assert labels == ({LABELLED} if installed else [None] * 4), labels
+        """,
+        generation=generation,
+    )
+
+
+@pytest.mark.parametrize("pure", ["", "1"])
+def test_pure_python_wrapt_labels_as_well(fresh: Fresh, pure: str) -> None:
+    """Labels do not depend on wrapt's C extension."""
+    fresh(
+        f"""
+        import sys, r3patch, probe
+        assert ("wrapt._wrappers" in sys.modules) is {not pure}
+        model = probe.build()
+        assert probe.labels(model) == {LABELLED}
+        r3patch.verify(model)
+        """,
+        WRAPT_DISABLE_EXTENSIONS=pure,
+    )
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_no_wrapper_on_a_forward_path(fresh: Fresh, generation: str) -> None:
+    """Of all that a model's classes and instances hold, only target constructors are wrapped."""
+    fresh(
+        """
+        import wrapt, probe
+        import megatron.core.transformer.moe.router as router
+        proxy = getattr(wrapt, "BaseObjectProxy", wrapt.ObjectProxy)  # wrapt 2, wrapt 1
+        before = router.TopKRouter.forward, router.TopKRouter.routing
+        import r3patch
+        assert before == (router.TopKRouter.forward, router.TopKRouter.routing)
+        model = probe.build()
+        wrapped = set()
+        for module in model.modules():
+            assert not any(issubclass(type(v), proxy) for v in vars(module).values())
+            for cls in type(module).__mro__:
+                for name, value in vars(cls).items():
+                    if issubclass(type(value), proxy):
+                        wrapped.add((cls, name))
+        assert wrapped == {(cls, "__init__") for cls in probe.classes()}
+        """,
+        generation=generation,
+    )
+
+
+def test_compiled_code_that_builds_nothing_sees_no_wrapper(fresh: Fresh) -> None:
+    """A compiled region that calls a labelled router gives what eager gives, in one graph."""
+    fresh(
+        """
+        import torch, r3patch, probe
+        model, x = probe.build(), torch.randn(3, 2)
+        router = model.decoder[0].mlp.router
+        compiled = torch.compile(router, backend="eager", fullgraph=True)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(x), router(x)))
+        """
+    )
+
+
+def test_classes_imported_by_name_before_the_patch_are_patched(fresh: Fresh) -> None:
+    """``from megatron... import TopKRouter`` before ``import r3patch`` holds the same class."""
+    fresh(
+        """
+        from megatron.core.transformer.moe.router import InferenceTopKRouter, TopKRouter
+        import r3patch
+        for cls in (TopKRouter, InferenceTopKRouter):
+            assert r3patch.scope_of(cls(None)) == "main"
+        """
+    )
+
+
+def test_a_subclass_is_labelled_once(fresh: Fresh) -> None:
+    """A router whose class calls its base's constructor gets one label, not two."""
+    fresh(
+        """
+        from megatron.core.transformer.moe.router import InferenceTopKRouter
+        import r3patch
+        given = []
+        r3patch._scope.listeners.append(given.append)
+        router = InferenceTopKRouter(None)
+        assert given == [router]
+        """
+    )
+
+
+def test_signatures_stay_visible(fresh: Fresh) -> None:
+    """Whoever inspects a constructor sees Megatron's parameters."""
+    fresh(
+        """
+        import inspect, r3patch, probe
+        router = probe.classes()[0]
+        assert list(inspect.signature(router).parameters) == [
+            "config", "pg_collection", "is_mtp_layer"]
+        assert router.__init__.__qualname__ == "TopKRouter.__init__"
+        """
+    )
+
+
+ON_TOP = {
+    "wrapt": """
+        import wrapt
+        def theirs(wrapped, instance, args, kwargs):
+            calls.append(1)
+            return wrapped(*args, **kwargs)
+        wrapt.wrap_function_wrapper(TopKRouter, "__init__", theirs)
+        """,
+    "functools.wraps": """
+        import functools
+        ours = TopKRouter.__init__
+        @functools.wraps(ours)
+        def theirs(self, *args, **kwargs):
+            calls.append(1)
+            ours(self, *args, **kwargs)
+        TopKRouter.__init__ = theirs
+        """,
+    "plain function": """
+        ours = TopKRouter.__init__
+        def theirs(self, *args, **kwargs):
+            calls.append(1)
+            ours(self, *args, **kwargs)
+        TopKRouter.__init__ = theirs
+        """,
+}
+
+
+@pytest.mark.parametrize("on_top", ON_TOP)
+def test_somebody_elses_wrapper_on_top_survives(fresh: Fresh, on_top: str) -> None:
+    """Below another wrapper ours works, falls silent on uninstall, and works after install."""
+    fresh(
+        f"""
+        import r3patch, probe
+        from megatron.core.transformer.moe.router import TopKRouter
+        calls, given = [], []
+        {ON_TOP[on_top]}
+        r3patch._scope.listeners.append(given.append)
+        top = vars(TopKRouter)["__init__"]
+        assert probe.states()[0] == "installed"
+        assert "somebody" in r3patch.status().targets[0].detail or {on_top!r} == "plain function"
+        assert probe.labels(probe.build()) == {LABELLED}
+
+        r3patch.uninstall()
+        assert probe.states() == ["buried", "disabled", "disabled"]
+        assert vars(TopKRouter)["__init__"] is top
+        assert probe.labels(probe.build()) == [None] * 4
+        assert (len(calls), len(given)) == (8, 4)
+
+        r3patch.install()
+        assert probe.states() == ["installed"] * 3
+        assert probe.labels(probe.build()) == {LABELLED}
+        assert len(calls) == 12
+        # Nobody can see through a plain function: ours is wrapped again, and labels twice.
+        assert len(given) == (12 if {on_top!r} == "plain function" else 8)
+        """
+    )
+
+
+def test_what_was_wrapped_before_ours_is_restored(fresh: Fresh) -> None:
+    """Uninstall gives back the very object that was there, another patch included."""
+    fresh(
+        """
+        from megatron.core.transformer.moe.router import TopKRouter
+        original = TopKRouter.__init__
+        def theirs(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+        TopKRouter.__init__ = theirs
+        import r3patch
+        assert r3patch.scope_of(TopKRouter(None)) == "main"
+        r3patch.uninstall()
+        assert TopKRouter.__init__ is theirs
+        """
+    )
+
+
+def test_a_half_imported_module_is_reported_and_can_be_repaired(
+    fresh: Fresh, tmp_path: Path
+) -> None:
+    """r3patch imported from within the router module: WARNING, failed, verify raises, no crash."""
+    (tmp_path / "cycle.py").write_text("import r3patch")
+    log = fresh(
+        """
+        import logging, sys, probe
+        logging.basicConfig()
+        source = __import__("importlib.util").util.find_spec(probe.ROUTER).loader.get_source(
+            probe.ROUTER)
+        import types, importlib.machinery
+        class Loader:
+            def create_module(self, spec): return None
+            def exec_module(self, module): exec("import cycle\\n" + source, vars(module))
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == probe.ROUTER:
+                    return importlib.machinery.ModuleSpec(name, Loader())
+        sys.meta_path.insert(0, Finder())
+        model = probe.build()
+        import r3patch
+        assert probe.states() == ["failed", "installed", "installed"]
+        assert "only half imported" in r3patch.status().targets[0].detail
+        try:
+            r3patch.verify(model)
+        except r3patch.UnsupportedMegatronError as error:
+            assert "could not patch " + probe.ROUTER + ".TopKRouter: " in str(error)
+            assert "call r3patch.install() after the import" in str(error)
+        else:
+            raise AssertionError("verify passed")
+        r3patch.install()
+        assert probe.states() == ["installed"] * 3
+        r3patch.verify(probe.build())
+        """,
+        first=tmp_path,
+    )
+    assert "WARNING:r3patch._patch:r3patch could not patch " in log
+
+
+SHAPES = {
+    "class missing": ("class TopKRooter: pass", "TopKRouter is None"),
+    "constructor inherited": (
+        "class Router:\n    def __init__(self): pass\nclass TopKRouter(Router): pass",
+        "it inherits that of Router",
+    ),
+    "not a class": ("def TopKRouter(): pass", "TopKRouter is <function"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_unknown_shape_fails_loudly_and_lets_the_import_pass(fresh: Fresh, shape: str) -> None:
+    """A module that is not what we know is left alone: failed with the reason, and a WARNING."""
+    source, found = SHAPES[shape]
+    log = fresh(
+        f"""
+        import logging, sys, types, probe
+        logging.basicConfig()
+        import r3patch
+        module = types.ModuleType(probe.ROUTER)
+        exec({source!r}, vars(module))
+        import megatron.core.transformer.moe
+        sys.modules[probe.ROUTER] = module
+        r3patch.install()
+        status = r3patch.status().targets[0]
+        assert status.state == "failed"
+        assert "looked for a class TopKRouter with a constructor of its own" in status.detail
+        assert {found!r} in status.detail, status.detail
+        assert "megatron-core 0.19.2" in status.detail
+        """
+    )
+    assert "WARNING:r3patch._patch:r3patch could not patch " in log
+
+
+def test_a_module_is_patched_wholly_or_not_at_all(fresh: Fresh, tmp_path: Path) -> None:
+    """If one class of a module has an unknown shape, no class of that module is wrapped."""
+    fresh(
+        """
+        import megatron.core.transformer.multi_token_prediction as mtp
+        del mtp.MultiTokenPredictionLayer
+        import megatron.core.transformer.moe.router
+        import r3patch, probe
+        assert probe.states() == ["installed", "failed", "failed"]
+        assert probe.layers(mtp.MultiTokenPredictionBlock) == 0
+        """
+    )
+
+
+def test_a_reload_is_noticed_and_install_repairs_it(fresh: Fresh) -> None:
+    """importlib.reload makes new classes past the import hook: status says so, verify raises."""
+    fresh(
+        """
+        import importlib, sys, r3patch, probe
+        old = probe.build()
+        importlib.reload(sys.modules[probe.ROUTER])
+        assert probe.states() == ["failed", "installed", "installed"]
+        try:
+            r3patch.verify(old)
+        except r3patch.UnsupportedMegatronError as error:
+            assert "was imported or reloaded past r3patch; call r3patch.install()" in str(error)
+        else:
+            raise AssertionError("verify passed")
+        r3patch.install()
+        assert probe.states() == ["installed"] * 3
+        assert [i.scope for i in r3patch.verify(old)] == ["main", "main", "mtp", "mtp"]
+        """
+    )
+
+
+def test_a_foreign_import_hook_that_raises_is_noticed(fresh: Fresh) -> None:
+    """wrapt drops all hooks when one raises; the second import is unpatched, and we say so."""
+    fresh(
+        """
+        import wrapt, probe
+        def bad(module):
+            raise RuntimeError("bad hook")
+        wrapt.register_post_import_hook(bad, probe.ROUTER)
+        import r3patch
+        try:
+            probe.build()
+        except RuntimeError:
+            pass
+        probe.build()
+        assert probe.states()[0] == "failed"
+        r3patch.install()
+        assert probe.labels(probe.build()) == ["main", "main", "mtp", "mtp"]
+        """
+    )
+
+
+def test_install_from_many_threads_wraps_once(fresh: Fresh) -> None:
+    """Sixteen threads that install at once leave one wrapper."""
+    fresh(
+        """
+        import sys, threading, r3patch, probe
+        classes = probe.classes()
+        r3patch.uninstall()
+        sys.setswitchinterval(1e-6)
+        barrier = threading.Barrier(16)
+        def work():
+            barrier.wait()
+            r3patch.install()
+        threads = [threading.Thread(target=work) for _ in range(16)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert [probe.layers(cls) for cls in classes] == [1, 1, 1]
+        """
+    )
+
+
+def test_status_follows_the_imports(fresh: Fresh) -> None:
+    """Pending until the module is imported, then installed, and readable when printed."""
+    fresh(
+        """
+        import r3patch, probe
+        assert probe.states() == ["pending"] * 3
+        assert r3patch.status().targets[0].detail == "its module is not imported yet"
+        import megatron.core.transformer.moe.router
+        assert probe.states() == ["installed", "pending", "pending"]
+        assert str(r3patch.status()).splitlines()[0] == probe.ROUTER + ".TopKRouter installed"
+        """
+    )
+
+
+def test_disable_leaves_megatron_alone_until_asked(fresh: Fresh) -> None:
+    """R3PATCH_DISABLE=1: the import patches nothing; an explicit install still does."""
+    fresh(
+        """
+        import r3patch, probe
+        assert probe.labels(probe.build()) == [None] * 4
+        assert {(t.state, t.detail) for t in r3patch.status().targets} == {
+            ("disabled", "R3PATCH_DISABLE=1")}
+        r3patch.install()
+        assert probe.labels(probe.build()) == ["main", "main", "mtp", "mtp"]
+        """,
+        R3PATCH_DISABLE="1",
+    )
+
+
+def test_one_info_line_for_each_target(fresh: Fresh) -> None:
+    """The log names each constructor that is wrapped, once."""
+    log = fresh(
+        """
+        import logging
+        logging.basicConfig(level=logging.INFO)
+        import r3patch, probe
+        probe.classes()
+        r3patch.install()
+        """
+    )
+    assert log.count("INFO:r3patch._patch:r3patch wraps the constructor of megatron.core.") == 3
+
+
+def test_a_hook_that_raises_is_kept_for_status(fresh: Fresh) -> None:
+    """A bridge's import hook that raises lets the import pass; status and verify name it."""
+    log = fresh(
+        """
+        import logging
+        logging.basicConfig()
+        import r3patch, probe
+        def hook(module):
+            raise KeyError("no such manager")
+        r3patch._patch.when_imported("megatron.core.models", hook)
+        model = probe.build()
+        assert r3patch.status().targets[-1] == (
+            "megatron.core.models", "failed", "KeyError: 'no such manager'")
+        try:
+            r3patch.verify(model)
+        except r3patch.UnsupportedMegatronError as error:
+            assert "megatron.core.models: KeyError: 'no such manager'" in str(error)
+        else:
+            raise AssertionError("verify passed")
+        """
+    )
+    assert "WARNING:r3patch._patch:r3patch could not patch megatron.core.models" in log
