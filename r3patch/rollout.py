@@ -1,0 +1,437 @@
+"""From what a rollout engine returned to ``Routes``.
+
+Row i of a payload holds the experts chosen while token i was fed through the model. The last token
+of a sequence is sampled but never fed, so n tokens come with n - 1 rows. Engines differ in the
+rest: the dtype, the wrapping, and whether the layer axis counts all layers or MoE layers only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import logging
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from r3patch._errors import RoutesError
+from r3patch.routes import Routes, check_layers, check_sizes, narrow, signed, stored_dtype
+
+logger = logging.getLogger(__name__)
+
+_NPY_MAGIC = b"\x93NUMPY"
+_NEMO_MAGIC = "nrlre1:"
+_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")
+# Two neighbours can share a row by chance in a shallow model; stale buffers repeat one for long.
+_SUSPICIOUS_RUN = 16
+# With topk 1 a single zero is a legal row; a column of this many is not.
+_SUSPICIOUS_ZEROS = 64
+
+
+def decode(
+    payload: Any,
+    *,
+    num_tokens: int,
+    num_experts: int,
+    topk: int,
+    num_layers: int,
+    moe_layers: Iterable[int] | None = None,
+    start: int = 0,
+    on_bad_rows: Literal["error", "invalid"] = "error",
+    name: str = "sample",
+) -> Routes:
+    """Routes of one sample from the payload of any rollout engine, checked row by row.
+
+    Takes base64 text of flat int32 (SGLang) or of a ``.npy`` file (vLLM), a response's mapping
+    with ``routed_experts`` (and ``routed_experts_dtype``, ``routed_experts_start_len`` or
+    ``prompt_routed_experts``), a mapping of ``data``, ``shape``, ``dtype`` and ``start``, a tuple
+    of prompt and generation parts (vLLM 0.21), NeMo-RL's ``nrlre1:`` text, numpy arrays, nested
+    lists and tensors.
+
+    Args:
+        payload: what the engine returned.
+        num_tokens: prompt and response tokens together, exactly those the engine saw.
+        num_experts: routed experts per MoE layer, without redundant copies.
+        topk: experts per token.
+        num_layers: decoder layers of the model, dense ones included and MTP layers not.
+        moe_layers: ascending 1-based numbers of the MoE layers, ``r3patch.moe_layers(config)``;
+            None says that all layers are. Leave out layers that are routed by token id (hash).
+        start: the offset that the request asked for. Rows before it come out invalid. A server
+            that ignored it and sent all rows is recognised by the count.
+        on_bad_rows: ``"error"``, or ``"invalid"`` to mark bad rows, log a warning and count them
+            in ``Routes.bad_rows``. Rows of -1 are missing rather than bad: always marked only.
+        name: the sample's name in messages.
+
+    Returns:
+        ``num_tokens`` rows of the layers ``moe_layers``; the last row is invalid.
+
+    Raises:
+        RoutesError: the payload is not one of these formats, a size contradicts the arguments,
+            or a row has an id out of range, a repeated id, or is -1 in part.
+    """
+    if on_bad_rows not in ("error", "invalid"):
+        raise RoutesError(f'on_bad_rows is {on_bad_rows!r}, expected "error" or "invalid".')
+    try:
+        check_sizes(topk, num_experts)
+        layers = _check_moe_layers(num_layers, moe_layers)
+        sent, stated = _read(payload)
+        first = _first_token(sent, stated, num_tokens, num_layers * topk, start)
+        wide = _shape(sent, num_layers, topk)[: max(0, num_tokens - 1 - first)]
+        columns = _columns(wide.shape[1], num_layers, layers)
+        routes, trouble = _place_rows(wide, columns, first, num_tokens, layers, num_experts)
+        if trouble and on_bad_rows == "error":
+            raise RoutesError(trouble)
+    except RoutesError as error:
+        raise RoutesError(f"{name}: {error}") from error.__cause__
+    if trouble:
+        logger.warning("%s: %s They are marked invalid.", name, trouble)
+    _warn_of_stale_rows(routes, name)
+    return routes
+
+
+def _place_rows(
+    wide: Tensor,
+    columns: slice | Tensor,
+    first: int,
+    num_tokens: int,
+    layers: tuple[int, ...],
+    num_experts: int,
+) -> tuple[Routes, str | None]:
+    """The routes, with rows that cannot be routes marked invalid, and what is wrong with those."""
+    shape = (num_tokens, len(layers), wide.shape[2])
+    experts = torch.zeros(shape, dtype=stored_dtype(num_experts))
+    valid = torch.zeros(shape[:2], dtype=torch.bool)
+    rows = slice(first, first + wide.shape[0])
+    unfit = narrow(wide, experts[rows], num_experts, columns)
+    if wide.shape[2] == 1 and num_experts > 1:
+        unfit = _add_zero_layers(unfit, experts[rows])
+    if unfit is None:
+        valid[rows] = True
+        return Routes._checked(experts, layers, valid, num_experts), None
+    valid[rows] = ~unfit
+    experts[rows].masked_fill_(unfit.unsqueeze(-1), 0)
+    routes = Routes._checked(experts, layers, valid, num_experts)
+    bad = _BadRows.among(unfit, wide, columns)
+    routes.bad_rows = len(bad.tokens)
+    if not routes.bad_rows:
+        return routes, None
+    return routes, bad.describe(first, wide.shape[0], layers, num_experts)
+
+
+class _BadRows(NamedTuple):
+    """Rows that cannot be routes: ``[n]`` rows of the payload, ``[n]`` columns, ``[n, topk]``."""
+
+    tokens: Tensor
+    columns: Tensor
+    ids: Tensor
+
+    @classmethod
+    def among(cls, unfit: Tensor, wide: Tensor, columns: slice | Tensor) -> _BadRows:
+        """The unfit rows but for those of -1, which is how engines say "missing"."""
+        tokens, places = unfit.nonzero().unbind(1)
+        sent = torch.arange(wide.shape[1])[columns][places]
+        ids = signed(wide)[tokens, sent].to(torch.int64)
+        kept = ~(ids == -1).all(-1)
+        return cls(tokens[kept], places[kept], ids[kept])
+
+    def describe(self, first: int, rows: int, layers: tuple[int, ...], num_experts: int) -> str:
+        token, column = int(self.tokens[0]), int(self.columns[0])
+        ids = self.ids[0]
+        zero = (self.ids == 0).all(-1)
+        per_layer = torch.bincount(self.columns[zero], minlength=len(layers)).tolist()
+        dead = [layer for layer, count in zip(layers, per_layer, strict=True) if count == rows]
+        if dead:
+            cause = (
+                f"Layers {dead} are zero in every row, so they were never captured: dense and "
+                "hash-routed layers belong out of moe_layers; otherwise the engine ran a fused "
+                "kernel without capture (FlashInfer TRT-LLM MoE, Triton kernels) or several "
+                "pipeline stages."
+            )
+        elif zero[0]:
+            cause = (
+                "A row of zeros was never captured: prefill/decode disaggregation without a "
+                "merge of both answers, or n-gram speculation."
+            )
+        elif (ids >= num_experts).any():
+            cause = (
+                f"Ids must be below num_experts={num_experts}: these may be physical ids of "
+                "redundant experts (EPLB before SGLang 0.5.13 or vLLM 0.16), or a wrong dtype."
+            )
+        elif (ids < 0).any():
+            cause = (
+                "A row is -1 as a whole (missing) or not at all: a wrong dtype or damaged bytes."
+            )
+        else:
+            cause = "An id is there twice: a wrong topk, num_layers or dtype, or padding."
+        return (
+            f"{self.tokens.numel()} of {rows * len(layers)} rows are bad, the first at token "
+            f"{first + token}, layer {layers[column]}: experts {ids.tolist()}. {cause}"
+        )
+
+
+def _check_moe_layers(num_layers: int, moe_layers: Iterable[int] | None) -> tuple[int, ...]:
+    if num_layers < 1:
+        raise RoutesError(f"num_layers is {num_layers}, expected 1 or more.")
+    if moe_layers is None:
+        return tuple(range(1, num_layers + 1))
+    layers = check_layers(moe_layers)
+    if not layers or layers != tuple(sorted(layers)) or layers[-1] > num_layers:
+        raise RoutesError(
+            f"moe_layers is {layers}, expected ascending layer numbers from 1 to {num_layers}."
+        )
+    return layers
+
+
+def _first_token(
+    sent: Tensor, stated: int | None, num_tokens: int, ids_per_row: int, start: int
+) -> int:
+    """The token of the first row, by the number of rows; any other number is an error."""
+    first = start if stated is None else stated
+    fed = max(0, num_tokens - 1)
+    if num_tokens < 0 or not isinstance(first, Integral) or not 0 <= first <= fed:
+        raise RoutesError(f"start is {first!r} with {num_tokens} tokens, expected 0 to {fed}.")
+    flat = sent.dim() == 1
+    if flat and sent.numel() % ids_per_row:
+        raise RoutesError(
+            f"{sent.numel()} ids are not rows of num_layers x topk = {ids_per_row} ids: "
+            "the payload is truncated, or num_layers, topk or the dtype is wrong."
+        )
+    rows = sent.numel() // ids_per_row if flat else sent.shape[0]
+    if rows == fed - first:
+        return first
+    if stated is None and rows == fed:
+        return 0  # a server that ignored the start that was asked for
+    # One surplus row, the last token's, is known of vLLM 0.21. Where a flat payload could as well
+    # be num_tokens - 1 rows of another width, the sizes given here are wrong rather than its rows.
+    if first == 0 and rows == num_tokens and (not flat or fed == 0 or ids_per_row % fed):
+        return first
+    raise RoutesError(
+        f"the payload has {rows} rows, expected {fed - first}: {num_tokens} tokens, less the last, "
+        f"which is never fed, less start={first}. Pass the tokens that the engine saw: as it "
+        "tokenized them, image tokens expanded, stop tokens included."
+    )
+
+
+def _shape(sent: Tensor, num_layers: int, topk: int) -> Tensor:
+    if sent.dim() == 1 or sent.shape[0] == 0:
+        return sent.reshape(-1, num_layers, topk)
+    if sent.shape[2] != topk:
+        raise RoutesError(
+            f"the payload has shape {tuple(sent.shape)}, expected topk={topk} ids at its end."
+        )
+    return sent
+
+
+def _columns(axis: int, num_layers: int, layers: tuple[int, ...]) -> slice | Tensor:
+    """Where ``layers`` stand on the payload's layer axis, a slice if they stand together."""
+    if axis == num_layers:
+        start, stop = layers[0] - 1, layers[-1]
+        if stop - start == len(layers):
+            return slice(start, stop)
+        return torch.tensor(layers) - 1
+    if axis == len(layers):
+        return slice(None)
+    raise RoutesError(
+        f"the payload has {axis} layers, expected all num_layers={num_layers} or the "
+        f"{len(layers)} of moe_layers."
+    )
+
+
+def _add_zero_layers(unfit: Tensor | None, experts: Tensor) -> Tensor | None:
+    """With topk 1 a row of zeros is legal; marks layers that hold nothing else."""
+    if experts.shape[0] < _SUSPICIOUS_ZEROS:
+        return unfit
+    dead = (experts == 0).flatten(2).all(-1).all(0)
+    if not dead.any():
+        return unfit
+    dead = dead.expand(experts.shape[:2])
+    return dead.clone() if unfit is None else unfit | dead
+
+
+def _warn_of_stale_rows(routes: Routes, name: str) -> None:
+    """Warns of runs of equal rows, which a stale capture buffer leaves and a model does not."""
+    if routes.num_tokens <= _SUSPICIOUS_RUN:
+        return
+    same = _equal_neighbours(routes, slice(0, 1))  # one layer first: the others seldom matter
+    if _longest_run(same)[1] < _SUSPICIOUS_RUN:
+        return
+    last, length = _longest_run(_equal_neighbours(routes, slice(None)))
+    if length >= _SUSPICIOUS_RUN:
+        logger.warning(
+            "%s: the %d rows of tokens %d to %d are equal in every layer. Rows of a stale capture "
+            "buffer look like this; compare them with the model's own routes (measure=True).",
+            name, length, last - length + 1, last,
+        )  # fmt: skip
+
+
+def _equal_neighbours(routes: Routes, columns: slice) -> Tensor:
+    experts = routes.experts[:, columns]
+    same = (experts[1:] == experts[:-1]).flatten(1).all(1)
+    if routes.valid is not None:
+        known = routes.valid[:, columns].all(1)
+        same &= known[1:] & known[:-1]
+    return same
+
+
+def _longest_run(same: Tensor) -> tuple[int, int]:
+    """The last row and the length of the longest run of equal rows; ``same[i]``: i equals i+1."""
+    position = torch.arange(1, same.numel() + 1)
+    start = torch.where(same, 0, position).cummax(0).values
+    length, index = (position - start).max(0)
+    return int(index) + 1, int(length) + 1
+
+
+def _read(payload: Any) -> tuple[Tensor, int | None]:
+    """The ids as sent, flat or ``[rows, axis, topk]``, and the start that the payload states."""
+    stated: int | None = None
+    if isinstance(payload, Mapping):
+        sent, stated = _read_mapping(payload)
+    elif isinstance(payload, tuple):
+        sent = _read_parts(payload)
+    elif isinstance(payload, (str, bytes, bytearray)):
+        sent = _read_text(payload)
+    elif isinstance(payload, (Tensor, list)) or _is_numpy(payload):
+        sent = _read_array(payload)
+    elif payload is None:
+        raise RoutesError(
+            "the engine returned no routes (None). For a sample that was aborted before its "
+            "prefill use Routes.missing; otherwise the engine's flag to return them is off."
+        )
+    else:
+        raise RoutesError(
+            f"a payload of type {type(payload).__name__} is none of the formats that engines send."
+        )
+    if sent.dim() not in (1, 3):
+        raise RoutesError(
+            f"the payload has shape {tuple(sent.shape)}, expected flat ids or [rows, layers, topk]."
+        )
+    return sent, stated
+
+
+def _read_mapping(payload: Mapping[str, Any]) -> tuple[Tensor, int | None]:
+    if "routed_experts" in payload:  # an engine's response, or SGLang's meta_info
+        ids, dtype = payload["routed_experts"], payload.get("routed_experts_dtype")
+        if payload.get("prompt_routed_experts") is not None:
+            ids = (payload["prompt_routed_experts"], ids)
+        if dtype is not None and isinstance(ids, (str, bytes, bytearray)):
+            sent, start = _read_text(ids, _dtype(dtype)), None
+        else:
+            sent, start = _read(ids)
+        return sent, payload.get("routed_experts_start_len", start)
+    if not {"data", "shape", "dtype"} <= payload.keys():
+        raise RoutesError(
+            f"a mapping with keys {sorted(map(str, payload))} is no payload: expected "
+            '"routed_experts", or "data", "shape" and "dtype".'
+        )
+    data = payload["data"]
+    if not isinstance(data, (str, bytes, bytearray, memoryview)):
+        raise RoutesError(f'"data" is {type(data).__name__}, expected base64 text or raw bytes.')
+    raw = _base64(data) if isinstance(data, str) else bytearray(data)
+    sent = _from_bytes(raw, _dtype(payload["dtype"]))
+    return _reshape(sent, tuple(payload["shape"])), payload.get("start")
+
+
+def _read_parts(parts: tuple[Any, ...]) -> Tensor:
+    """Prompt and generation apart, as vLLM 0.21 sends them."""
+    read = [signed(_read(part)[0]) for part in parts]
+    filled = [part for part in read if part.numel()]
+    if len({part.shape[1:] for part in filled}) > 1:
+        raise RoutesError(f"the parts have shapes {[tuple(part.shape) for part in filled]}.")
+    return torch.cat(filled) if filled else torch.empty(0, dtype=torch.int64)
+
+
+def _read_text(text: str | bytes | bytearray, dtype: torch.dtype = torch.int32) -> Tensor:
+    if isinstance(text, str) and text.startswith(_NEMO_MAGIC):
+        return _read_envelope(text)
+    raw = _base64(text)
+    if raw.startswith(_NPY_MAGIC):
+        return _read_npy(raw)
+    return _from_bytes(raw, dtype)
+
+
+def _read_envelope(text: str) -> Tensor:
+    """NeMo-RL: ``nrlre1:<dtype>:<rows>x<layers>x<topk>:<base64>``."""
+    fields = text.split(":", 3)
+    try:
+        _, dtype, shape, data = fields
+        sizes = tuple(int(size) for size in shape.split("x"))
+    except ValueError as error:
+        raise RoutesError(
+            f"{text[:40]!r}... is not nrlre1:<dtype>:<rows>x<layers>x<topk>:<base64>."
+        ) from error
+    return _reshape(_from_bytes(_base64(data), _dtype(dtype)), sizes)
+
+
+def _read_npy(raw: bytearray) -> Tensor:
+    try:
+        import numpy as np
+    except ImportError as error:
+        raise RoutesError('a .npy payload needs numpy: pip install "r3patch[rollout]".') from error
+    try:
+        return _read_array(np.load(io.BytesIO(raw), allow_pickle=False))
+    except Exception as error:  # numpy reads the header with Python's tokenizer and parser
+        raise RoutesError(f"the .npy payload is damaged: {error}.") from error
+
+
+def _is_numpy(payload: object) -> bool:
+    numpy = sys.modules.get("numpy")  # whoever holds an array has imported it
+    return numpy is not None and isinstance(payload, numpy.ndarray)
+
+
+def _read_array(array: Any) -> Tensor:
+    try:
+        if _is_numpy(array):
+            # Arrays from Ray's store are read-only, which torch takes only with a warning.
+            native = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
+            sent = torch.from_numpy(native if native.flags.writeable else native.copy())
+        else:
+            sent = array.detach().cpu() if isinstance(array, Tensor) else torch.tensor(array)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RoutesError(f"the payload is no array of ids: {error}.") from error
+    if not sent.numel() and not isinstance(array, Tensor):
+        return sent.to(torch.int64)  # an empty list has no dtype of its own
+    if sent.dtype.is_floating_point or sent.dtype.is_complex or sent.dtype == torch.bool:
+        raise RoutesError(f"the payload has dtype {sent.dtype}, expected integer expert ids.")
+    return sent
+
+
+def _base64(text: str | bytes | bytearray) -> bytearray:
+    try:
+        try:
+            from pybase64 import b64decode_as_bytearray
+        except ImportError:
+            return bytearray(base64.b64decode(text, validate=True))
+        return b64decode_as_bytearray(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RoutesError(
+            f"the payload {text[:24]!r}... is not base64 ({error}). Raw bytes need their shape: "
+            'pass {"data": ..., "shape": ..., "dtype": ...}. LMDeploy with '
+            "enable_transfer_obj_ref sends a key: fetch the array first."
+        ) from error
+
+
+def _dtype(name: object) -> torch.dtype:
+    short = str(name).removeprefix("torch.")
+    if short not in _DTYPES:
+        raise RoutesError(f"the payload's dtype is {name!r}, expected one of {_DTYPES}.")
+    dtype: torch.dtype = getattr(torch, short)
+    return dtype
+
+
+def _from_bytes(raw: bytearray, dtype: torch.dtype) -> Tensor:
+    if len(raw) % dtype.itemsize:
+        raise RoutesError(f"{len(raw)} bytes are not whole {dtype} ids: the payload is truncated.")
+    # torch.frombuffer refuses an empty buffer, which is what a start at the end leaves.
+    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+
+def _reshape(sent: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) != sent.numel():
+        raise RoutesError(f"the payload has {sent.numel()} ids, but states shape {shape}.")
+    return sent.view(shape)

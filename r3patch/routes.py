@@ -1,0 +1,442 @@
+"""Routes: which experts each token of a sequence took, in every MoE layer.
+
+A *row* is one token in one layer: ``topk`` distinct expert ids. The columns along the layer axis
+carry Megatron's own layer numbers, so a part of the layers (a pipeline stage) can be sent on its
+own and no stage offset is ever computed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from r3patch._errors import RoutesError
+
+_FORMAT = "r3patch.Routes"
+_VERSION = 1
+# Rows are checked in blocks of about this many ids: a block and its scratch stay in the cache.
+_BLOCK_IDS = 1 << 18
+
+
+class Routes:
+    """Expert ids of a sequence of tokens. Treat it as immutable.
+
+    Args:
+        experts: ``[num_tokens, num_layers, topk]`` integers, a tensor or anything that
+            ``torch.tensor`` takes. Copied; kept on the host as uint8 up to 256 experts and
+            as int16 above. The order of the ids within a row carries no meaning.
+        layers: the 1-based Megatron layer number of each column, unique.
+        valid: ``[num_tokens]`` or ``[num_tokens, num_layers]`` bool, False where no routes are
+            known; None means that every row is valid. Ids of invalid rows are ignored and
+            stored as zeros.
+        num_experts: routed experts per MoE layer.
+
+    Attributes:
+        bad_rows: rows that ``decode(..., on_bad_rows="invalid")`` found bad and marked invalid.
+            Not carried over by the methods, nor compared by ``==``.
+
+    Raises:
+        RoutesError: a shape, dtype or layer number is wrong, or a valid row has an id outside
+            ``[0, num_experts)`` or the same id twice.
+    """
+
+    experts: Tensor
+    layers: tuple[int, ...]
+    valid: Tensor | None
+    num_experts: int
+    bad_rows: int
+
+    def __init__(
+        self,
+        experts: Tensor | Any,
+        layers: Iterable[int],
+        valid: Tensor | Any | None = None,
+        *,
+        num_experts: int,
+    ) -> None:
+        wide = _as_ids(experts)
+        layers = check_layers(layers)
+        num_tokens, num_layers, topk = wide.shape
+        if len(layers) != num_layers:
+            raise RoutesError(
+                f"experts has {num_layers} layers (shape {tuple(wide.shape)}) but layers names "
+                f"{len(layers)}: pass one Megatron layer number per column."
+            )
+        check_sizes(topk, num_experts)
+        if valid is not None:
+            valid = _as_valid(valid, num_tokens, num_layers)
+        ids = torch.empty(wide.shape, dtype=stored_dtype(num_experts))
+        bad = narrow(wide, ids, num_experts)
+        if valid is not None:
+            ids.masked_fill_(~valid.unsqueeze(-1), 0)
+        if bad is not None and valid is not None:
+            bad &= valid
+        if bad is not None and bad.any():
+            _raise_bad_row(wide, layers, bad, num_experts)
+        self._set(ids, layers, valid, num_experts)
+
+    def _set(
+        self, experts: Tensor, layers: tuple[int, ...], valid: Tensor | None, num_experts: int
+    ) -> None:
+        # One form for "every row is valid", so that equal routes have equal attributes.
+        if valid is not None and bool(valid.all()):
+            valid = None
+        self.experts, self.layers, self.valid = experts, layers, valid
+        self.num_experts, self.bad_rows = num_experts, 0
+
+    @classmethod
+    def _checked(
+        cls, experts: Tensor, layers: tuple[int, ...], valid: Tensor | None, num_experts: int
+    ) -> Routes:
+        """Builds from tensors that hold every invariant already, without copy or check."""
+        routes = cls.__new__(cls)
+        routes._set(experts, layers, valid, num_experts)
+        return routes
+
+    @classmethod
+    def missing(cls, num_tokens: int, layers: Iterable[int], topk: int, num_experts: int) -> Routes:
+        """Routes without one valid row, for a sample whose routes the engine did not return."""
+        layers = check_layers(layers)
+        check_sizes(topk, num_experts)
+        if num_tokens < 0:
+            raise RoutesError(f"num_tokens is {num_tokens}, expected 0 or more.")
+        experts = torch.zeros(num_tokens, len(layers), topk, dtype=stored_dtype(num_experts))
+        valid = torch.zeros(num_tokens, len(layers), dtype=torch.bool)
+        return cls._checked(experts, layers, valid, num_experts)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.experts.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.experts.shape[1]
+
+    @property
+    def topk(self) -> int:
+        return self.experts.shape[2]
+
+    @property
+    def invalid_rows(self) -> int:
+        """How many of the ``num_tokens * num_layers`` rows are invalid."""
+        return 0 if self.valid is None else self.valid.numel() - int(self.valid.sum())
+
+    def select(self, layers: Iterable[int]) -> Routes:
+        """The columns of these layers, in this order: the part that a pipeline stage needs.
+
+        Raises:
+            RoutesError: a layer has no column, or is named twice.
+        """
+        layers = check_layers(layers)
+        absent = sorted(set(layers) - set(self.layers))
+        if absent:
+            raise RoutesError(
+                f"no routes for layers {absent}: the columns are layers {_span(self.layers)}. "
+                "Layers are 1-based Megatron layer numbers of MoE layers."
+            )
+        if layers == self.layers:
+            return self
+        columns = _positions(layers, self.layers)
+        valid = None if self.valid is None else self.valid.index_select(1, columns)
+        return self._checked(self.experts.index_select(1, columns), layers, valid, self.num_experts)
+
+    def __getitem__(self, tokens: slice | Tensor) -> Routes:
+        """The rows of some tokens: a slice, a bool mask or int64 positions ``[n]``.
+
+        Always a copy, because pickling a view would send the whole storage along.
+        """
+        if isinstance(tokens, slice):
+            tokens = torch.arange(self.num_tokens)[tokens]
+        elif not isinstance(tokens, Tensor) or tokens.dtype not in (torch.bool, torch.int64):
+            # torch takes a uint8 index for a mask, and an int would drop the token axis.
+            got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise RoutesError(
+                f"routes[...] got {got}, expected a slice, a bool mask or an int64 tensor."
+            )
+        valid = None if self.valid is None else self.valid[tokens]
+        return self._checked(self.experts[tokens], self.layers, valid, self.num_experts)
+
+    @classmethod
+    def join(
+        cls,
+        parts: Sequence[Routes],
+        *,
+        keep: Literal["error", "first", "latest"] = "error",
+    ) -> Routes:
+        """Routes of one sequence from parts of it: turns, resumed rollouts, pipeline stages.
+
+        Row i of every part belongs to token i of the same sequence; a part may end early. The
+        result has the tokens of the longest part and the layers of all parts. A row is taken
+        from a part where it is valid.
+
+        Args:
+            parts: in the order in which the engine answered.
+            keep: which row counts where several parts have a valid one. ``"first"``: the
+                experts that generated the token. ``"latest"``: those of the last prefill, which
+                ran on the newest weights. ``"error"``: they must be the same set.
+
+        Raises:
+            RoutesError: no parts, different ``topk`` or ``num_experts``, or under ``"error"``
+                two parts that disagree about a row.
+        """
+        if keep not in ("error", "first", "latest"):
+            raise RoutesError(f'keep is {keep!r}, expected "error", "first" or "latest".')
+        parts = list(parts)
+        if not parts:
+            raise RoutesError("Routes.join got no parts; for no routes use Routes.missing.")
+        _check_same_kind(parts)
+        layers = tuple(dict.fromkeys(layer for part in parts for layer in part.layers))
+        num_tokens = max(part.num_tokens for part in parts)
+        topk, num_experts = parts[0].topk, parts[0].num_experts
+        experts = torch.zeros(num_tokens, len(layers), topk, dtype=stored_dtype(num_experts))
+        valid = torch.zeros(num_tokens, len(layers), dtype=torch.bool)
+        for number, part in enumerate(parts):
+            rows = slice(0, part.num_tokens)
+            columns = _positions(part.layers, layers)
+            known = valid[rows].index_select(1, columns)
+            ids = experts[rows].index_select(1, columns)
+            take = torch.ones_like(known) if part.valid is None else part.valid
+            if keep == "error":
+                _check_agreement(ids, part, known & take, number)
+            if keep != "latest":
+                take = take & ~known
+            ids = torch.where(take.unsqueeze(-1), part.experts, ids)
+            experts[rows].index_copy_(1, columns, ids)
+            valid[rows].index_copy_(1, columns, known | take)
+        return cls._checked(experts, layers, valid, num_experts)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the routes to a file that ``Routes.load`` reads."""
+        state = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "experts": self.experts,
+            "layers": list(self.layers),
+            "valid": self.valid,
+            "num_experts": self.num_experts,
+        }
+        torch.save(state, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Routes:
+        """Reads a file of ``Routes.save``. Runs no code from it, and checks what it holds.
+
+        Raises:
+            RoutesError: the file is something else, damaged, or of another version.
+            OSError: the file cannot be read.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch.load raises a dozen kinds on foreign bytes
+            raise RoutesError(
+                f"{os.fspath(path)} is not a file of Routes.save, or is damaged "
+                f"({type(error).__name__})."
+            ) from error
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise RoutesError(f"{os.fspath(path)} is a torch file, but not one of Routes.save.")
+        if state.get("version") != _VERSION:
+            raise RoutesError(
+                f"{os.fspath(path)} has format version {state.get('version')!r}, this r3patch "
+                f"reads {_VERSION}: save it again or install the r3patch that wrote it."
+            )
+        try:
+            fields = (state["experts"], state["layers"], state["valid"])
+            return cls(*fields, num_experts=state["num_experts"])
+        except (KeyError, TypeError) as error:
+            raise RoutesError(f"{os.fspath(path)} is damaged: {error!r}.") from error
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Routes):
+            return NotImplemented
+        if (self.layers, self.num_experts) != (other.layers, other.num_experts):
+            return False
+        if (self.valid is None) != (other.valid is None):
+            return False
+        if self.valid is not None and other.valid is not None:
+            return torch.equal(self.valid, other.valid) and torch.equal(self.experts, other.experts)
+        return torch.equal(self.experts, other.experts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"Routes(num_tokens={self.num_tokens}, layers={_span(self.layers)}, topk={self.topk}, "
+            f"num_experts={self.num_experts}, invalid_rows={self.invalid_rows})"
+        )
+
+
+def stored_dtype(num_experts: int) -> torch.dtype:
+    """The narrowest dtype that Megatron-side indexing can widen again: uint8, else int16."""
+    return torch.uint8 if num_experts <= 256 else torch.int16
+
+
+def check_sizes(topk: int, num_experts: int) -> None:
+    """Raises RoutesError unless ``1 <= topk <= num_experts <= 32768``."""
+    if not 1 <= num_experts <= 32768:
+        raise RoutesError(f"num_experts is {num_experts}, expected 1 to 32768.")
+    if not 1 <= topk <= num_experts:
+        raise RoutesError(
+            f"topk is {topk} with {num_experts} experts: a row holds topk distinct expert ids."
+        )
+
+
+def check_layers(layers: Iterable[int]) -> tuple[int, ...]:
+    """The layer numbers as a tuple of ints, all of them unique and 1 or more."""
+    given = tuple(layers)
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in given):
+        raise RoutesError(
+            f"layers is {given}, expected 1-based Megatron layer numbers (int, 1 or more)."
+        )
+    numbers = tuple(int(n) for n in given)
+    if len(set(numbers)) != len(numbers):
+        twice = sorted({n for n in numbers if numbers.count(n) > 1})
+        raise RoutesError(f"layers names {twice} more than once.")
+    return numbers
+
+
+def narrow(
+    wide: Tensor, into: Tensor, num_experts: int, columns: slice | Tensor = slice(None)
+) -> Tensor | None:
+    """Narrows ids to the stored dtype and finds the rows that cannot be routes.
+
+    Args:
+        wide: ``[num_tokens, axis, topk]``, any integer dtype.
+        into: ``[num_tokens, num_layers, topk]``, receives the ids of ``columns``.
+        columns: which of ``axis``, a slice or int64 positions.
+
+    Returns:
+        The rows with an id out of range or a repeated id, ``[num_tokens, num_layers]`` bool;
+        None if there are none.
+    """
+    num_tokens, num_layers, topk = into.shape
+    bad: Tensor | None = None
+    step = max(1, _BLOCK_IDS // max(1, num_layers * topk))
+    for start in range(0, num_tokens if num_layers else 0, step):
+        rows = slice(start, start + step)
+        block = signed(wide[rows])[:, columns]
+        into[rows] = block
+        found = _bad_rows(block, into[rows], num_experts)
+        if found is not None:
+            bad = torch.zeros(num_tokens, num_layers, dtype=torch.bool) if bad is None else bad
+            bad[rows] = found
+    return bad
+
+
+def _bad_rows(wide: Tensor, ids: Tensor, num_experts: int) -> Tensor | None:
+    # Compared in Python and in int64: torch would wrap num_experts=256 to 0 beside uint8 ids.
+    least, greatest = (int(bound) for bound in wide.aminmax())
+    repeated = _repeated(ids)
+    if least >= 0 and greatest < num_experts:
+        return repeated
+    wide = wide.to(torch.int64)
+    outside = ((wide < 0) | (wide >= num_experts)).any(-1)
+    return outside if repeated is None else outside | repeated
+
+
+def _repeated(ids: Tensor) -> Tensor | None:
+    """Rows that hold an id twice, bool of the leading shape; None if there are none."""
+    topk = ids.shape[-1]
+    # [topk, rows]: comparing whole columns runs at the speed of memory, sorting rows does not.
+    columns = ids.reshape(-1, topk).t().contiguous()
+    repeated: Tensor | None = None
+    for distance in range(1, topk):
+        equal = columns[distance:] == columns[:-distance]
+        if equal.numel() and equal.view(torch.uint8).amax():  # several times faster than any()
+            found = equal.any(0)
+            repeated = found if repeated is None else repeated | found
+    return None if repeated is None else repeated.view(ids.shape[:-1])
+
+
+def _as_ids(experts: Any) -> Tensor:
+    try:
+        wide = experts.detach() if isinstance(experts, Tensor) else torch.tensor(experts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RoutesError(f"experts cannot be made a tensor: {error}.") from error
+    if wide.dim() != 3:
+        raise RoutesError(
+            f"experts has shape {tuple(wide.shape)}, expected [num_tokens, num_layers, topk]."
+        )
+    if wide.dtype.is_floating_point or wide.dtype.is_complex or wide.dtype == torch.bool:
+        # An empty list has no dtype of its own.
+        if wide.numel() or isinstance(experts, Tensor):
+            raise RoutesError(f"experts has dtype {wide.dtype}, expected integer expert ids.")
+        wide = wide.to(torch.int64)
+    return wide.cpu()
+
+
+def signed(ids: Tensor) -> Tensor:
+    """The same ids in a dtype that torch computes with: it lacks most of uint16/32/64."""
+    if ids.dtype == torch.uint16:
+        return ids.to(torch.int32)
+    if ids.dtype == torch.uint32:
+        return ids.to(torch.int64)
+    if ids.dtype == torch.uint64:
+        return ids.view(torch.int64)  # 2**63 and more turn negative: out of range either way
+    return ids
+
+
+def _as_valid(valid: Any, num_tokens: int, num_layers: int) -> Tensor:
+    try:
+        mask = valid.detach().cpu() if isinstance(valid, Tensor) else torch.tensor(valid)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RoutesError(f"valid cannot be made a tensor: {error}.") from error
+    if mask.dtype != torch.bool and (mask.numel() or isinstance(valid, Tensor)):
+        raise RoutesError(f"valid has dtype {mask.dtype}, expected bool.")
+    if mask.shape == (num_tokens,):
+        mask = mask.unsqueeze(1).expand(num_tokens, num_layers)
+    if mask.shape != (num_tokens, num_layers):
+        raise RoutesError(
+            f"valid has shape {tuple(mask.shape)}, expected [{num_tokens}] or "
+            f"[{num_tokens}, {num_layers}] to go with experts."
+        )
+    return mask.to(torch.bool, copy=True, memory_format=torch.contiguous_format)
+
+
+def _raise_bad_row(wide: Tensor, layers: tuple[int, ...], bad: Tensor, num_experts: int) -> None:
+    token, column = bad.nonzero()[0].tolist()
+    ids = signed(wide[token, column]).tolist()
+    raise RoutesError(
+        f"token {token}, layer {layers[column]}: experts {ids}, expected {len(ids)} distinct ids "
+        f"in [0, {num_experts}). {int(bad.sum())} of {bad.numel()} rows are like this; mark rows "
+        "without routes in valid."
+    )
+
+
+def _positions(layers: tuple[int, ...], within: tuple[int, ...]) -> Tensor:
+    column = {layer: index for index, layer in enumerate(within)}
+    return torch.tensor([column[layer] for layer in layers], dtype=torch.int64)
+
+
+def _check_same_kind(parts: list[Routes]) -> None:
+    kinds = {(part.topk, part.num_experts) for part in parts}
+    if len(kinds) > 1:
+        raise RoutesError(f"the parts differ in (topk, num_experts): {sorted(kinds)}.")
+
+
+def _check_agreement(ids: Tensor, part: Routes, both: Tensor, number: int) -> None:
+    differ = both & (ids != part.experts).any(-1)
+    if not differ.any():
+        return
+    # Engines order the ids of a row as they like: only another set is another route.
+    differ &= (ids.sort(-1).values != part.experts.sort(-1).values).any(-1)
+    if differ.any():
+        token, column = differ.nonzero()[0].tolist()
+        raise RoutesError(
+            f"part {number} disagrees with an earlier part on {int(differ.sum())} rows, first on "
+            f"token {token}, layer {part.layers[column]}: {part.experts[token, column].tolist()} "
+            f'after {ids[token, column].tolist()}. Say which counts: keep="first" or keep="latest".'
+        )
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    """Layer numbers for a message: ``(4..61)`` where they follow each other."""
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"({layers[0]}..{layers[-1]})"
+    return str(layers)
