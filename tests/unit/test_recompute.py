@@ -1,0 +1,206 @@
+"""CallLog: which forward call a recompute repeats, on plain torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from r3patch import ReplayError
+from r3patch._recompute import CallLog, in_backward
+
+
+class Router(torch.nn.Module):
+    """Notes the value of each forward call, and the value that each recompute gets back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: CallLog[int] = CallLog()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.forwards = 0
+        self.recomputed: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if in_backward():
+            value = self.log.recompute("router")
+            self.recomputed.append(value)
+        else:
+            value = self.forwards
+            self.log.forward(value)
+            self.forwards += 1
+        # The tensor remembers which value it was made with: the gradient shows a wrong match.
+        return (x * self.weight * (value + 1)).sin()
+
+
+def leaf() -> torch.Tensor:
+    return torch.full((2,), 0.1, requires_grad=True)
+
+
+def reentrant(f: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return checkpoint(f, x, use_reentrant=True)
+
+
+def non_reentrant(f: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return checkpoint(f, x, use_reentrant=False)
+
+
+def plain(f: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return f(x)
+
+
+BOTH = pytest.mark.parametrize("run", [reentrant, non_reentrant])
+MIXED = pytest.mark.parametrize("outer", [reentrant, non_reentrant])
+
+
+@BOTH
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_several_forwards_before_their_backwards(run, order) -> None:
+    """Whatever the order of the backwards, each recompute gets its own forward's value."""
+    router = Router()
+    losses = [run(router, leaf()).sum() for _ in range(3)]
+    for index in order:
+        losses[index].backward()
+    assert router.recomputed == list(order)
+
+
+@BOTH
+def test_evaluation_passes_in_between(run) -> None:
+    """Evaluation passes before, between and after shift nothing."""
+    router = Router()
+    evaluate = torch.no_grad()(lambda: router(leaf()))
+    evaluate()
+    first = run(router, leaf()).sum()  # value 1
+    evaluate()
+    evaluate()
+    second = run(router, leaf()).sum()  # value 4
+    evaluate()
+    second.backward()
+    evaluate()
+    first.backward()
+    assert router.recomputed == [4, 1]
+
+
+@BOTH
+def test_chunks_of_one_region(run) -> None:
+    """Calls of one region, a chunked MLP, are repeated in their order."""
+    router = Router()
+
+    def chunked(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([router(piece) for piece in x.chunk(2)])
+
+    losses = [run(chunked, leaf()).sum() for _ in range(2)]
+    for loss in reversed(losses):
+        loss.backward()
+    assert router.recomputed == [2, 3, 0, 1]
+
+
+@BOTH
+def test_one_backward_over_several_regions(run) -> None:
+    """One backward through many regions repeats each with its own value, last region first."""
+    router = Router()
+    x = leaf()
+    for _ in range(4):
+        x = run(router, x)
+    x.sum().backward()
+    assert router.recomputed == [3, 2, 1, 0]
+
+
+@MIXED
+@BOTH
+def test_nested_regions(outer, run) -> None:
+    """A recompute inside a recompute gets the value of the forward call, not of a later one."""
+    router = Router()
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        return run(router, run(router, x))
+
+    losses = [outer(layers, leaf()).sum() for _ in range(2)]
+    for loss in reversed(losses):
+        loss.backward()
+    # An early stop may spare a call; none may come from the other microbatch.
+    microbatches = [value // 2 for value in router.recomputed]
+    assert microbatches == sorted(microbatches, reverse=True)
+    assert set(router.recomputed) == {0, 1, 2, 3}
+
+
+@MIXED
+@BOTH
+def test_nested_gradients_equal_the_plain_run(outer, run) -> None:
+    """Nested checkpoints give the gradients of the run without any, so every value was right."""
+
+    def gradients(outer, run) -> list[torch.Tensor]:
+        router, inputs = Router(), [leaf() for _ in range(3)]
+
+        def layers(x: torch.Tensor) -> torch.Tensor:
+            return run(router, torch.cat([run(router, piece) for piece in x.chunk(2)]))
+
+        losses = [outer(layers, x).sum() for x in inputs]
+        for index in (1, 2, 0):
+            losses[index].backward()
+        return [x.grad for x in inputs] + [router.weight.grad]
+
+    expected = gradients(plain, plain)
+    for got, want in zip(gradients(outer, run), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@BOTH
+def test_backward_in_another_thread(run) -> None:
+    """The log is state of an object: a backward in another thread finds it."""
+    router = Router()
+    losses = [run(router, leaf()).sum() for _ in range(2)]
+    for loss in reversed(losses):
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert router.recomputed == [1, 0]
+
+
+@BOTH
+def test_two_backwards_of_one_graph(run) -> None:
+    """With retain_graph a region is recomputed again, with the same value."""
+    router = Router()
+    kept, other = run(router, leaf()).sum(), run(router, leaf()).sum()
+    kept.backward(retain_graph=True)
+    other.backward()
+    kept.backward()
+    assert router.recomputed == [0, 1, 0]
+
+
+@BOTH
+def test_backward_that_fails_leaves_nothing_behind(run) -> None:
+    """After an exception in the middle of a backward the next steps match as ever."""
+    router = Router()
+
+    def failing(x: torch.Tensor) -> torch.Tensor:
+        y = router(x)
+        if in_backward():
+            raise RuntimeError("boom")
+        return y.exp()  # saves a tensor, or a non-reentrant recompute would stop before the raise
+
+    with pytest.raises(RuntimeError, match="boom"):
+        run(failing, leaf()).sum().backward()
+    losses = [run(router, leaf()).sum() for _ in range(2)]
+    for loss in losses:
+        loss.backward()
+    assert router.recomputed == [0, 1, 2]
+
+
+def test_a_recompute_without_a_forward_is_refused() -> None:
+    """A call in backward that repeats nothing of the log raises, and says what to do."""
+    router = Router()
+    loss = reentrant(router, leaf()).sum()
+    router.log = CallLog()
+    with pytest.raises(ReplayError, match="repeats no forward call of this session"):
+        loss.backward()
+
+
+def test_ended_backwards_free_their_calls() -> None:
+    """What a recompute stores for nested ones goes when its backward ends."""
+    router = Router()
+    for _ in range(3):
+        reentrant(router, leaf()).sum().backward()
+    assert list(router.log._spans) == [-1]

@@ -1,0 +1,69 @@
+"""ReplayStats: totals, and merging over ranks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from r3patch import ReplayError, ReplayStats
+from r3patch.stats import RouterStats
+
+
+def router(layer: int, scope: str = "main", **counts: int) -> RouterStats:
+    return RouterStats(f"{scope}.{layer}", 0, scope, layer, topk=4, **counts)
+
+
+def test_total_sums_one_scope() -> None:
+    """total("main") sums the main routers and no others."""
+    stats = ReplayStats((router(2, rows_replayed=3), router(3, rows_replayed=4), router(1, "mtp")))
+    assert stats.total("main").rows_replayed == 7
+    assert stats.total("mtp").rows_replayed == 0
+
+
+def test_unmeasured_figures_are_none() -> None:
+    """Without measure=True there is no mismatch to report, rather than a mismatch of 0."""
+    stats = ReplayStats((router(2, rows_replayed=3),))
+    assert (stats.total("main").mismatch, stats.token_mismatch) == (None, None)
+
+
+def test_mismatch_and_overlap() -> None:
+    """Mismatch is per row, overlap per expert of a row."""
+    total = ReplayStats((router(2, rows_measured=10, rows_differing=2, experts_shared=37),)).total(
+        "main"
+    )
+    assert (total.mismatch, total.overlap) == (0.2, 37 / 40)
+
+
+def test_data_parallel_ranks_add_up() -> None:
+    """Ranks with the same routers are summed, and their tokens stand side by side."""
+    a = ReplayStats((router(2, rows_replayed=3),), b"\1\2")
+    b = ReplayStats((router(2, rows_replayed=5),), b"\2\0\2")
+    merged = a.merge(b)
+    assert merged.total("main").rows_replayed == 8
+    assert merged.tokens == b"\1\2\2\0\2"
+    assert merged.token_mismatch == 3 / 4
+
+
+def test_pipeline_stages_saw_the_same_tokens() -> None:
+    """A token differs where it differs on any stage; layers of both stages are there."""
+    a = ReplayStats((router(2), router(1, "mtp")), b"\1\2\1\0")
+    b = ReplayStats((router(3), router(1, "mtp", rows_live=2)), b"\1\1\2\0")
+    merged = a.merge(b)
+    assert merged.tokens == b"\1\2\2\0"
+    assert [r.layer_number for r in merged.routers if r.scope == "main"] == [2, 3]
+    assert merged.total("mtp").rows_live == 2
+
+
+def test_stages_of_different_ranks_are_refused() -> None:
+    """Merging stages that saw different numbers of tokens says in which order to merge."""
+    with pytest.raises(ReplayError, match="pipeline stages of each data-parallel rank first"):
+        ReplayStats((router(2),), b"\1").merge(ReplayStats((router(3),), b"\1\1"))
+
+
+def test_as_dict_is_json() -> None:
+    """as_dict() is plain data."""
+    stats = ReplayStats((router(2, rows_measured=2, rows_differing=1),), b"\1\2", 0.5)
+    data = json.loads(json.dumps(stats.as_dict()))
+    assert data["routers"][0]["mismatch"] == 0.5
+    assert data["token_mismatch"] == 0.5
