@@ -1,0 +1,200 @@
+"""Tiny models of the shapes that R3 is used on, each with MTP, built from stock Megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from r3patch._errors import UnsupportedMegatronError
+from r3patch.testing._attention import use_cpu_attention
+
+VOCABULARY = 256
+SEQUENCE = 512  # the longest that the models take
+
+_COMMON: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "moe_ffn_hidden_size": 16,
+    "moe_layer_freq": [0, 1, 1],
+    "mtp_num_layers": 1,
+    "mtp_loss_scaling_factor": 0.1,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "allgather",
+    "moe_grouped_gemm": False,
+    "use_cpu_initialization": True,
+    "batch_p2p_sync": False,
+    "deallocate_pipeline_outputs": False,
+    "pipeline_dtype": torch.float32,
+}
+
+_SIGMOID = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 1e-3,
+}
+
+#: The router settings of the models, as their configs publish them; sizes are tiny.
+SHAPES: dict[str, dict[str, Any]] = {
+    "glm47_flash": {  # plain attention instead of MLA
+        **_SIGMOID,
+        "num_moe_experts": 64,
+        "moe_router_topk": 4,
+        "moe_router_topk_scaling_factor": 1.8,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "qwen3_moe": {
+        "num_moe_experts": 128,
+        "moe_router_topk": 8,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": False,
+        "moe_layer_freq": [1, 1, 1],
+        "num_query_groups": 2,
+    },
+    "deepseek_v3": {
+        **_SIGMOID,
+        "num_moe_experts": 32,
+        "moe_router_topk": 8,
+        "moe_router_num_groups": 8,
+        "moe_router_group_topk": 4,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_shared_expert_intermediate_size": 16,
+        "multi_latent_attention": True,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 8,
+        "v_head_dim": 8,
+        "rope_type": "rope",
+    },
+    "nemotron_hybrid": {
+        **_SIGMOID,
+        "num_moe_experts": 16,
+        "moe_router_topk": 4,
+        "moe_layer_freq": 1,
+    },
+}
+
+#: Attention (*) and MoE (E) layers; after the slash the pattern of one MTP depth.
+HYBRID_PATTERN = "*E*E"
+HYBRID_MTP_PATTERN = "*E"
+
+
+def tiny_config(shape: str = "glm47_flash", **overrides: Any) -> Any:
+    """A ``TransformerConfig`` of one of `SHAPES`, for the parallel sizes that are set up.
+
+    Args:
+        shape: a key of `SHAPES`.
+        overrides: fields of the config.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+    fields = {**_COMMON, **SHAPES[shape], **overrides}
+    num_layers, frequency = fields["num_layers"], fields["moe_layer_freq"]
+    if isinstance(frequency, list) and len(frequency) != num_layers:
+        fields["moe_layer_freq"] = (frequency + [1] * num_layers)[:num_layers]
+    if fields["num_moe_experts"] is None:  # a dense model: Megatron refuses MoE settings there
+        fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    fields = {
+        "tensor_model_parallel_size": tensor,
+        "sequence_parallel": tensor > 1,
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": virtual,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        # With two stages a batch of sends and receives would cross, so Megatron's arguments ask
+        # for overlap with virtual stages (megatron/training/arguments.py).
+        "overlap_p2p_comm": virtual is not None,
+        "batch_p2p_comm": virtual is None,
+        **fields,
+    }
+    mla = fields.get("multi_latent_attention", False)
+    return (MLATransformerConfig if mla else TransformerConfig)(**fields)
+
+
+def tiny_model(shape: str = "glm47_flash", **overrides: Any) -> list[torch.nn.Module]:
+    """The chunks of this rank: one, or as many as there are virtual pipeline stages.
+
+    Args:
+        shape: a key of `SHAPES`.
+        overrides: fields of the config.
+
+    Raises:
+        UnsupportedMegatronError: the installed Megatron cannot build the shape.
+    """
+    from megatron.core.enums import ModelType
+
+    if shape == "nemotron_hybrid":
+        chunks = [_hybrid(overrides)]
+    else:
+        config = tiny_config(shape, **overrides)
+        stages = config.virtual_pipeline_model_parallel_size
+        chunks = [_gpt(config, stage) for stage in (range(stages) if stages else [None])]
+    for chunk in chunks:
+        chunk.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]
+    return chunks
+
+
+def _gpt(config: Any, vp_stage: int | None) -> torch.nn.Module:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_mtp_block_spec,
+    )
+
+    rank, size = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    last_stage = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
+    use_cpu_attention(config, spec)
+    mtp_spec = None
+    if config.mtp_num_layers:
+        mtp_spec = get_gpt_mtp_block_spec(
+            config, _last_layer(config, spec), use_transformer_engine=False, vp_stage=vp_stage
+        )
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        pre_process=rank == 0 and not vp_stage,
+        post_process=rank == size - 1 and (vp_stage or 0) == last_stage,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=mtp_spec,
+        vp_stage=vp_stage,
+    )
+
+
+def _last_layer(config: Any, spec: Any) -> Any:
+    """What the MTP spec copies its layer from: a stage without decoder layers has none to give."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+
+    if spec.layer_specs:
+        return spec
+    layer = get_gpt_decoder_layer_specs(config, use_transformer_engine=False)[-1]
+    use_cpu_attention(config, layer)
+    return layer
+
+
+def _hybrid(overrides: dict[str, Any]) -> torch.nn.Module:
+    raise UnsupportedMegatronError("nemotron_hybrid is not built yet")
+
+
+def chunks_of(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    return [model] if isinstance(model, torch.nn.Module) else list(model)

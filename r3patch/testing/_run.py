@@ -1,0 +1,89 @@
+"""Two ranks on one machine, with a bound on their time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+def run_ranks(
+    function: Callable[..., Any], *args: Any, ranks: int = 2, timeout: float = 120.0
+) -> list[Any]:
+    """Run ``function(*args)`` in as many spawned processes as there are ranks.
+
+    Each process has the environment that ``torchrun`` gives (RANK, WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT), so that `megatron_on_cpu` joins them.
+
+    Args:
+        function: importable by name, with picklable arguments and result.
+        ranks: how many processes.
+        timeout: seconds after which all of them are ended.
+
+    Returns:
+        What the ranks returned, by rank.
+
+    Raises:
+        TimeoutError: a rank did not finish in time.
+        RuntimeError: a rank raised; with its traceback.
+    """
+    context = mp.get_context("spawn")
+    results: Any = context.SimpleQueue()
+    port = _free_port()
+    children = [
+        context.Process(target=_rank, args=(function, args, rank, ranks, port, results))
+        for rank in range(ranks)
+    ]
+    for child in children:
+        child.start()
+    try:
+        return _collect(children, results, timeout)
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+
+
+def _collect(children: list[Any], results: Any, timeout: float) -> list[Any]:
+    answers: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(answers) < len(children):
+        while not results.empty():
+            rank, answer, failure = results.get()
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} raised:\n{failure}")
+            answers[rank] = answer
+        dead = [i for i, c in enumerate(children) if c.exitcode not in (None, 0)]
+        if dead and results.empty():
+            raise RuntimeError(f"rank {dead[0]} ended with code {children[dead[0]].exitcode}")
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(len(children))) - set(answers))
+            raise TimeoutError(f"ranks {missing} did not finish within {timeout:g} s")
+        time.sleep(0.02)
+    return [answers[rank] for rank in range(len(children))]
+
+
+def _rank(function: Any, args: Any, rank: int, ranks: int, port: int, results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        results.put((rank, function(*args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
