@@ -1,0 +1,128 @@
+"""Placed rows against the processes and the Megatron that receive them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import multiprocessing
+import pickle
+import types
+
+import pytest
+import torch
+
+from r3patch import Layout, Routes
+
+PP_SIZE, CP_SIZE, TP_SIZE = 2, 2, 2
+MOE_LAYERS, TOPK, EXPERTS = (2, 3, 5, 6), 2, 64
+LENGTHS = (37, 12, 25)
+CONFIG = types.SimpleNamespace(
+    tensor_model_parallel_size=TP_SIZE, context_parallel_size=CP_SIZE, sequence_parallel=True
+)
+
+
+def expert(token: int, layer: int, column: int) -> int:
+    """What the engine chose, computable by anyone."""
+    return (7 * token + 5 * layer + 31 * column) % EXPERTS
+
+
+def samples() -> list[Routes]:
+    tokens = iter(range(sum(LENGTHS)))
+    return [
+        Routes(
+            [
+                [[expert(t, layer, k) for k in range(TOPK)] for layer in MOE_LAYERS]
+                for t in itertools.islice(tokens, length)
+            ],
+            MOE_LAYERS,
+            torch.arange(length) < length - 1,
+            num_experts=EXPERTS,
+        )
+        for length in LENGTHS
+    ]
+
+
+def nbytes(routes: Routes) -> int:
+    return routes.experts.nbytes + (0 if routes.valid is None else routes.valid.nbytes)
+
+
+def worker(received, answers) -> None:
+    """Holds nothing but what it was sent; reports the tokens whose routes it can vouch for."""
+    for message in iter(received.get, None):
+        layers, tokens, routes = pickle.loads(message)
+        assert routes.layers == layers
+        assert routes.num_tokens == len(tokens)
+        valid = torch.ones(len(tokens), 1) if routes.valid is None else routes.valid
+        vouched = []
+        for row, token in enumerate(tokens.tolist()):
+            if not valid[row].all():
+                assert not valid[row].any()
+                continue
+            for column, layer in enumerate(layers):
+                want = [expert(token, layer, k) for k in range(TOPK)]
+                assert routes.experts[row, column].tolist() == want
+            vouched.append(token)
+        answers.put((layers, vouched))
+
+
+@pytest.fixture
+def workers():
+    """Two processes with a queue each, and the queue of their answers."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    queues = [context.Queue() for _ in range(2)]
+    processes = [context.Process(target=worker, args=(q, answers), daemon=True) for q in queues]
+    for process in processes:
+        process.start()
+    yield queues, answers
+    for queue in queues:
+        queue.put(None)
+    for process in processes:
+        process.join(10)
+        process.kill()
+
+
+@pytest.mark.distributed
+def test_every_rank_gets_its_own_rows_and_no_others(workers):
+    """Selected and placed on the controller, every row reaches one rank of its stage, once."""
+    queues, answers = workers
+    whole = samples()
+    ids = list(torch.arange(sum(LENGTHS)).split(LENGTHS))
+    stages = (MOE_LAYERS[:2], MOE_LAYERS[2:])
+    ranks = list(itertools.product(stages, range(CP_SIZE), range(TP_SIZE)))
+    sent = 0
+    for number, (layers, cp_rank, tp_rank) in enumerate(ranks):
+        layout = Layout.from_megatron(CONFIG, cp_rank=cp_rank, tp_rank=tp_rank, pad_to_multiple=8)
+        rows = layout.place([sample.select(layers) for sample in whole])
+        sent += nbytes(rows)
+        message = pickle.dumps((layers, layout.place_ids(ids), rows))
+        assert len(message) < nbytes(rows) + 2500
+        queues[number % 2].put(message)
+    found = [answers.get(timeout=60) for _ in ranks]
+
+    fed = sorted(token for part in ids for token in part[:-1].tolist())
+    for layers in stages:
+        assert sorted(t for got, tokens in found if got == layers for t in tokens) == fed
+    # One byte per id and one per row, each row once but for padding.
+    rows = sum(LENGTHS) * len(MOE_LAYERS)
+    assert sent <= 1.2 * rows * (TOPK + 1)
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize(("tp_size", "mbs"), [(1, 1), (1, 3), (2, 2), (2, 3)])
+def test_unflattened_packs_are_padded_batches_without_sequence_parallelism(tp_size, mbs):
+    """Megatron 0.19.2 reorders equal packed samples to [S, mbs], but not a rank's part of them."""
+    transformer_layer = pytest.importorskip("megatron.core.transformer.transformer_layer")
+    unflatten = getattr(transformer_layer.TransformerLayer, "_maybe_unflatten_for_moe", None)
+    if unflatten is None:
+        pytest.skip("this Megatron does not reorder packed samples")
+    ids = [torch.arange(6) + 100 * number for number in range(mbs)]
+    packed = Layout(tp_size=tp_size, sequence_parallel=tp_size > 1)
+    expected = Layout(packed=False, seq_length=6) if tp_size == 1 else packed
+    params = types.SimpleNamespace(tokens_per_sample=6)
+    for rank in range(tp_size):
+        own = dataclasses.replace(packed, tp_rank=rank).place_ids(ids)
+        layer = types.SimpleNamespace(is_moe_layer=True)
+        hidden, _, _ = unflatten(layer, own.view(-1, 1, 1), None, params)
+        placed = dataclasses.replace(expected, tp_rank=rank if tp_size > 1 else 0).place_ids(ids)
+        assert torch.equal(hidden.reshape(-1), placed)
