@@ -11,20 +11,26 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Generic, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from r3patch import _megatron, _support
+from r3patch import _megatron, _support, _trace
 from r3patch._errors import ReplayError, UnsupportedRoutingError
 from r3patch._megatron import RouterInfo
-from r3patch._scope import MAIN
+from r3patch._scope import MAIN, scope_of
 from r3patch._stream import RecordStream, ReplayStream
 from r3patch._tap import Tap
+from r3patch.stats import ReplayStats, RouterStats
+
+if TYPE_CHECKING:
+    from r3patch.metrics import ExpertLoad
 
 logger = logging.getLogger(__name__)
 
 Stream = TypeVar("Stream", RecordStream, ReplayStream)
+S = TypeVar("S", bound="Session[Any]")
 
 
 class Gate:
@@ -39,39 +45,58 @@ class Session(Generic[Stream]):
 
     kind = ""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, step: int | None = None) -> None:
         self._chunks = _megatron.chunks(model)
+        self._step = step
         self._streams: list[Stream] = []
         self._taps: list[tuple[int, Tap]] = []  # with the index of the chunk
         self._undo = ExitStack()
         self._gate = Gate()
         self._entered = False
+        self._notes: dict[str, float] = {}
 
-    def _open(self) -> None:
+    def __enter__(self: S) -> S:
         if self._entered:
             raise ReplayError(f"this {self.kind} session was entered before; open a new one.")
         self._entered = True
-        _support.require_extension_point()
-        by_chunk = self._check_model()
         try:
-            for index, (chunk, infos) in enumerate(zip(self._chunks, by_chunk, strict=True)):
-                main = [info for info in infos if _replayed(info)]
-                stream = self._stream(main)
-                self._streams.append(stream)
-                for info in infos:
-                    tap = self._tap(info, stream) if _replayed(info) else Tap(info)
-                    self._install(index, tap)
-                handle = chunk.register_forward_hook(self._after_forward(stream))
-                self._undo.callback(handle.remove)
+            _support.require_extension_point()
+            self._install(self._check_model())
             self._gate.open = True
-        except BaseException:
-            self._undo.close()
+            self._begin()
+        except BaseException as error:
+            self._close()
+            self._trace(error)
             raise
-        _log_once(
-            self.kind,
-            sum(len(stream.layers) for stream in self._streams),
-            sum(info.scope != MAIN for infos in by_chunk for info in infos),
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+        try:
+            if error is None:
+                self._end()
+        except ReplayError as failure:
+            error = failure
+            raise
+        finally:
+            self._trace(error)
+
+    def note(self, **numbers: float) -> None:
+        """Add numbers of the step (a policy gap, say) to the session's trace record."""
+        self._notes.update({name: float(number) for name, number in numbers.items()})
+
+    @property
+    def stats(self) -> ReplayStats:
+        """What the session did so far. Reading measured figures waits for the device."""
+        return ReplayStats(
+            tuple(_router_stats(tap, chunk) for chunk, tap in self._taps),
+            self._token_codes(),
+            sum(stream.seconds for stream in self._streams),
         )
 
     def _check_model(self) -> list[list[RouterInfo]]:
@@ -100,11 +125,26 @@ class Session(Generic[Stream]):
         modules = [set(map(id, chunk.modules())) for chunk in self._chunks]
         return [[info for info in infos if id(info.module) in own] for own in modules]
 
-    def _install(self, chunk: int, tap: Tap) -> None:
+    def _install(self, by_chunk: list[list[RouterInfo]]) -> None:
+        for index, (chunk, infos) in enumerate(zip(self._chunks, by_chunk, strict=True)):
+            stream = self._stream([info for info in infos if _replayed(info)])
+            self._streams.append(stream)
+            for info in infos:
+                tap = self._tap(info, stream) if _replayed(info) else Tap(info)
+                self._taps.append((index, tap))
+                self._tap_into(tap)
+            handle = chunk.register_forward_hook(self._after_forward(stream))
+            self._undo.callback(handle.remove)
+        _log_once(
+            self.kind,
+            sum(len(stream.layers) for stream in self._streams),
+            sum(info.scope != MAIN for infos in by_chunk for info in infos),
+        )
+
+    def _tap_into(self, tap: Tap) -> None:
         router = tap.info.module
         self._undo.callback(setattr, router, "router_replay", router.router_replay)
         router.router_replay = tap
-        self._taps.append((chunk, tap))
         # Routers that are not replayed keep the fused kernel: theirs are Megatron's own bits.
         if _replayed(tap.info) and getattr(router.config, "moe_router_fusion", False):
             self._undo.callback(setattr, router, "config", router.config)
@@ -114,6 +154,21 @@ class Session(Generic[Stream]):
         self._gate.open = False
         self._undo.close()
 
+    def _trace(self, error: BaseException | None) -> None:
+        if not _trace.enabled():
+            return
+        record = _trace.session(
+            self.kind,
+            step=self._step,
+            stats=self.stats,
+            notes=self._notes,
+            expert_load=self._expert_load() if error is None else None,
+            error=error,
+        )
+        _trace.write(record)
+
+    # What record and replay do each in their own way.
+
     def _stream(self, main: list[RouterInfo]) -> Stream:
         raise NotImplementedError
 
@@ -122,6 +177,24 @@ class Session(Generic[Stream]):
 
     def _after_forward(self, stream: Stream) -> Callable[[Any, Any, Any], None]:
         raise NotImplementedError
+
+    def _begin(self) -> None: ...
+
+    def _end(self) -> None: ...
+
+    def _token_codes(self) -> bytes:
+        """See ``ReplayStats.tokens``."""
+        return b""
+
+    def _expert_load(self) -> ExpertLoad | None:
+        return None
+
+
+def _router_stats(tap: Tap, chunk: int) -> RouterStats:
+    info = tap.info
+    topk = int(info.module.config.moe_router_topk)
+    scope = scope_of(info.module)
+    return RouterStats(info.name, chunk, scope, info.layer_number, topk=topk, **tap.counts())
 
 
 def _replayed(info: RouterInfo) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from r3patch._errors import ReplayError
 from r3patch._spread import spread_rows
+from r3patch.metrics import ExpertLoad
 from r3patch.routes import Routes
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ class Mask:
         self._valid = None if valid is None or bool(valid.all()) else valid.contiguous()
         self._device: dict[tuple[str, int, int], torch.Tensor] = {}
         self._counts: dict[tuple[int, int], int] = {}
+
+    def given(self, num_tokens: int) -> torch.Tensor:
+        """``[num_tokens] bool`` on the host: the rows that the rollout gave."""
+        return torch.ones(num_tokens, dtype=torch.bool) if self._valid is None else self._valid
 
     def num_invalid(self, start: int, stop: int) -> int:
         if self._valid is None:
@@ -111,6 +116,7 @@ class Microbatch:
         self.rows = rows.pin_memory() if torch.cuda.is_available() else rows
         self.on_device: torch.Tensor | None = None
         every = torch.ones(self.num_tokens, dtype=torch.bool)
+        self.num_experts = routes.num_experts
         self._any_valid = every if routes.valid is None else routes.valid.any(dim=1)
         self.differing: torch.Tensor | None = None  # [num_tokens] bool: in at least one layer
         self._columns = {
@@ -130,6 +136,19 @@ class Microbatch:
         """``[num_tokens] uint8``: 0 nothing measured, 1 as Megatron would, 2 differs in a layer."""
         codes = self._any_valid.to(torch.uint8)
         return codes if self.differing is None else codes + self.differing.cpu()
+
+    def expert_load(self) -> ExpertLoad:
+        """The load of the rollout's rows, and of spread ones as padding; live ones have no ids."""
+        real, padding, invalid = [], [], []
+        for column in self._columns.values():
+            rows, given = self.rows[column.index].int(), column.mask.given(self.num_tokens)
+            real.append(torch.bincount(rows[given].flatten(), minlength=self.num_experts))
+            filled = rows[~given] if column.spread else rows[:0]
+            padding.append(torch.bincount(filled.flatten(), minlength=self.num_experts))
+            invalid.append((~given).sum())
+        return ExpertLoad(
+            tuple(self._columns), torch.stack(real), torch.stack(padding), torch.stack(invalid)
+        )
 
     def drop_device(self) -> None:
         self.on_device = None
@@ -162,6 +181,11 @@ class ReplayStream:
             Microbatch(routes, self.layers, spread=spread, ep_size=self._ep_size)
         )
         self.seconds += time.perf_counter() - began
+
+    def expert_load(self) -> ExpertLoad | None:
+        """The load over all microbatches so far; None without any."""
+        parts = [m.expert_load() for m in self.microbatches]
+        return parts[0].merge(*parts[1:]) if parts else None
 
     def get(self, index: int, name: str) -> Microbatch:
         if index >= len(self.microbatches):
@@ -201,6 +225,7 @@ class RecordStream:
 
     def __init__(self, routers: Sequence[RouterInfo], *, num_experts: int) -> None:
         self.layers = tuple(sorted({layer_of(info) for info in routers}))
+        self.seconds = 0.0
         self.forward_pass = 0  # counted by the chunk's hook; pieces of a chunked MLP share one
         self._num_experts = num_experts
         self._pieces: dict[int, list[tuple[int, torch.Tensor]]] = {n: [] for n in self.layers}

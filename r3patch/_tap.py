@@ -64,6 +64,16 @@ class Tap:
         self.forward_calls += 1
         return self.forward(scores, live)
 
+    def counts(self) -> dict[str, int]:
+        """The counted fields of ``RouterStats``. Measured ones wait for the device."""
+        return {
+            "forward_calls": self.forward_calls,
+            "recompute_calls": self.recompute_calls,
+            "rows_replayed": self.rows_replayed,
+            "rows_live": self.rows_live,
+            "rows_spread": self.rows_spread,
+        }
+
     def forward(self, scores: torch.Tensor, live: Callable[[], Selection]) -> Selection:
         self.rows_live += scores.shape[0]
         return live()
@@ -116,6 +126,15 @@ class Measure:
         self.differing = self.differing + differs.sum()
         self.shared = self.shared + shared.sum()
         return differs
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "rows_measured": self.rows,
+            "rows_differing": int(self.differing),
+            "experts_shared": int(self.shared),
+            "recompute_rows_measured": self.recomputed,
+            "recompute_rows_differing": int(self.recompute_differing),
+        }
 
     def add_recompute(self, before: torch.Tensor, now: torch.Tensor) -> None:
         self.recomputed += now.shape[0]
@@ -179,6 +198,9 @@ class ReplayTap(Tap):
 
     def _column(self, microbatch: Microbatch) -> Column:
         return microbatch.column(layer_of(self.info))
+
+    def counts(self) -> dict[str, int]:
+        return super().counts() | (self.measure.counts() if self.measure is not None else {})
 
     def _take(self, num_tokens: int) -> tuple[Microbatch, int, int]:
         """The rows for the next forward call: a whole microbatch, or a piece of a chunked MLP."""

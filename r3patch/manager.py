@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -16,10 +15,10 @@ import torch
 from r3patch import _config, _megatron, _support
 from r3patch._errors import ReplayError, RoutesError
 from r3patch._megatron import RouterInfo
-from r3patch._scope import scope_of
 from r3patch._session import Session
 from r3patch._stream import RecordStream, ReplayStream
 from r3patch._tap import RecordTap, ReplayTap, Tap
+from r3patch.metrics import ExpertLoad, expert_load
 from r3patch.routes import Routes
 from r3patch.stats import ReplayStats, RouterStats
 
@@ -104,18 +103,6 @@ class RecordSession(Session[RecordStream]):
 
     kind = "record"
 
-    def __enter__(self) -> RecordSession:
-        self._open()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-
     @functools.cached_property
     def routes(self) -> list[Routes]:
         """The recorded microbatches, the layers of all chunks merged; every row is valid.
@@ -145,6 +132,13 @@ class RecordSession(Session[RecordStream]):
             if isinstance(tap, RecordTap)
         )
 
+    def _expert_load(self) -> ExpertLoad | None:
+        parts = [expert_load(routes) for routes in self.routes]
+        return parts[0].merge(*parts[1:]) if parts else None
+
+    def _end(self) -> None:
+        _ = self.routes  # a recording of nothing, or of half a forward, raises here
+
     def _stream(self, main: list[RouterInfo]) -> RecordStream:
         experts = max((int(info.module.config.num_moe_experts) for info in main), default=0)
         return RecordStream(main, num_experts=experts)
@@ -172,33 +166,10 @@ class ReplaySession(Session[ReplayStream]):
         measure: bool,
         step: int | None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, step)
         self._prefilled = microbatches
         self._missing: Missing = missing
         self._measure = measure
-        self._step = step
-        self._notes: dict[str, float] = {}
-
-    def __enter__(self) -> ReplaySession:
-        self._open()
-        try:
-            for number, routes in enumerate(self._prefilled):
-                self._append(routes, self._streams, f"microbatches[{number}]")
-        except BaseException:
-            self._close()
-            raise
-        self._prefilled = []
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-        if kind is None:
-            self._check_consumed()
 
     def feed(self, routes: Routes, chunk: Any = None) -> None:
         """Append a microbatch, from inside ``forward_step`` for example.
@@ -215,19 +186,6 @@ class ReplaySession(Session[ReplayStream]):
         if not self._gate.open:
             raise ReplayError("feed() works inside the `with replay(...)` block only.")
         self._append(routes, [self._streams[self._chunk_index(chunk)]], "feed()")
-
-    def note(self, **numbers: float) -> None:
-        """Add numbers of the step (a policy gap, say) to the session's trace record."""
-        self._notes.update({name: float(number) for name, number in numbers.items()})
-
-    @property
-    def stats(self) -> ReplayStats:
-        """What the session did so far. Reading measured figures waits for the device."""
-        return ReplayStats(
-            tuple(_router_stats(tap, chunk) for chunk, tap in self._taps),
-            self._token_codes() if self._measure else b"",
-            sum(stream.seconds for stream in self._streams),
-        )
 
     def _chunk_index(self, chunk: Any) -> int:
         if chunk is None:
@@ -254,7 +212,12 @@ class ReplaySession(Session[ReplayStream]):
     def _main(self, stream: ReplayStream) -> list[RouterInfo]:
         return [t.info for _, t in self._taps if isinstance(t, ReplayTap) and t.stream is stream]
 
-    def _check_consumed(self) -> None:
+    def _begin(self) -> None:
+        for number, routes in enumerate(self._prefilled):
+            self._append(routes, self._streams, f"microbatches[{number}]")
+        self._prefilled = []
+
+    def _end(self) -> None:
         """Every main router must have taken every microbatch, or replay was a no-op in part."""
         taps = [tap for _, tap in self._taps if isinstance(tap, ReplayTap)]
         for tap in taps:
@@ -277,7 +240,8 @@ class ReplaySession(Session[ReplayStream]):
             )
 
     def _token_codes(self) -> bytes:
-        """See ``ReplayStats.tokens``: over the chunks, microbatch by microbatch."""
+        if not self._measure:
+            return b""
         codes: list[torch.Tensor] = []
         longest = max((len(stream.microbatches) for stream in self._streams), default=0)
         for index in range(longest):
@@ -288,6 +252,14 @@ class ReplaySession(Session[ReplayStream]):
             ]
             codes.append(functools.reduce(torch.maximum, parts))
         return bytes(torch.cat(codes).tolist()) if codes else b""
+
+    def _expert_load(self) -> ExpertLoad | None:
+        parts = [load for stream in self._streams if (load := stream.expert_load()) is not None]
+        if not parts:
+            return None
+        layers = tuple(layer for part in parts for layer in part.layers)
+        columns = zip(*((p.real, p.padding, p.invalid) for p in parts), strict=True)
+        return ExpertLoad(layers, *map(torch.cat, columns))
 
     def _stream(self, main: list[RouterInfo]) -> ReplayStream:
         config = main[0].module.config if main else None
@@ -362,32 +334,6 @@ def check_routes(
                 "missing='error'. Padding and each sample's last token have none: use "
                 "missing='live' or 'spread'."
             )
-
-
-def _router_stats(tap: Tap, chunk: int) -> RouterStats:
-    info = tap.info
-    counts = {
-        name: getattr(tap, name)
-        for name in (
-            "forward_calls",
-            "recompute_calls",
-            "rows_replayed",
-            "rows_live",
-            "rows_spread",
-        )
-    }
-    measure = tap.measure if isinstance(tap, ReplayTap) else None
-    if measure is not None:
-        counts.update(
-            rows_measured=measure.rows,
-            rows_differing=int(measure.differing),
-            experts_shared=int(measure.shared),
-            recompute_rows_measured=measure.recomputed,
-            recompute_rows_differing=int(measure.recompute_differing),
-        )
-    topk = int(info.module.config.moe_router_topk)
-    scope = scope_of(info.module)
-    return RouterStats(info.name, chunk, scope, info.layer_number, topk=topk, **counts)
 
 
 def _microbatches(columns: dict[int, list[torch.Tensor]], num_experts: int) -> list[Routes]:
