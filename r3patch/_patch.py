@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import wrapt
 
-from r3patch import _scope
+from r3patch import _scope, bridges
 from r3patch._config import CONFIG
 from r3patch._errors import UnsupportedMegatronError
 from r3patch._megatron import TARGETS, Target, megatron_version
@@ -70,6 +70,7 @@ def install() -> None:
         _active = True
     for name in dict.fromkeys(target.module for target in TARGETS):
         when_imported(name, _wrap_constructors)
+    bridges.install()
 
 
 def uninstall() -> None:
@@ -79,6 +80,7 @@ def uninstall() -> None:
     through; `status` then says ``buried``.
     """
     global _active
+    bridges.uninstall()
     with _lock:
         _active = False
         _failures.clear()

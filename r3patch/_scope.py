@@ -28,6 +28,8 @@ listeners: list[Callable[[nn.Module], None]] = []
 
 _open: ContextVar[str | None] = ContextVar("r3patch_scope", default=None)
 
+_born: ContextVar[list[nn.Module] | None] = ContextVar("r3patch_born", default=None)
+
 # A ContextVar does not reach the threads of a pool. So while an MTP constructor runs, routers
 # that are born without a scope, in whatever thread, are noted for it: those that it turns out to
 # own are its own. Keyed by id, because lists have no hash and compare by content.
@@ -53,11 +55,17 @@ def building(scope: str) -> Iterator[None]:
     Raises:
         ValueError: for any other scope.
     """
-    token = _open.set(checked(scope))
+    born: list[nn.Module] = []
+    tokens = _open.set(checked(scope)), _born.set(born)
     try:
         yield
     finally:
-        _open.reset(token)
+        _open.reset(tokens[0])
+        _born.reset(tokens[1])
+    # Once more, now that every wrapper around the router's own constructor is done: another patch
+    # on top of ours may have registered the router after we labelled it.
+    for router in born:
+        set_label(router, scope_of(router))
 
 
 @contextmanager
@@ -85,6 +93,9 @@ def label_newborn(router: nn.Module) -> None:
     """Label a router whose constructor has just returned."""
     scope = _open.get()
     set_label(router, scope or MAIN)
+    born = _born.get()
+    if born is not None:
+        born.append(router)
     if scope is None:
         for births in tuple(_unscoped_births.values()):
             births.append(router)

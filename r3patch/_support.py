@@ -21,6 +21,7 @@ from r3patch._errors import UnsupportedMegatronError, UnsupportedRoutingError
 from r3patch._megatron import RouterInfo
 from r3patch._scope import MAIN
 from r3patch._tap import Tap
+from r3patch.bridges._common import ManagerTap
 
 __all__ = ["Problem", "problems", "require_extension_point", "topk_sorts", "unfused"]
 
@@ -111,17 +112,12 @@ def _router_problems(info: RouterInfo) -> Iterator[Problem]:
             "an open session",
             "this model is in a record or replay session. Leave it first.",
         )
-    elif (action := getattr(current, "router_replay_action", None)) is not None:
+    elif current is not None and (driver := _driver(current)):
         yield error(
-            f"RouterReplay action {action}",
-            "Megatron's own RouterReplay is active. Call "
-            "RouterReplay.clear_global_router_replay_action() before the session.",
-        )
-    elif current is not None and not _is_native(current):
-        yield error(
-            f"router_replay is a {type(current).__qualname__}",
+            driver,
             "another replay manager drives this router, and two replays on one call would "
-            "contradict each other. Disable that manager for this model.",
+            "contradict each other. Put that manager to rest before the session, by "
+            "RouterReplay.clear_global_router_replay_action() or the stage 'fallthrough'.",
         )
     if getattr(config, "moe_expert_capacity_factor", None) is not None:
         yield Problem(
@@ -203,12 +199,14 @@ def _topk_function() -> Callable[..., Any] | None:
     return getattr(router, "topk_routing_with_score_function", None)
 
 
-def _is_native(replay: object) -> bool:
-    try:
-        from megatron.core.transformer.moe.router_replay import RouterReplay
-    except ImportError:
-        return False
-    return bool(isinstance(replay, RouterReplay))
+def _driver(replay: Any) -> str | None:
+    """What drives a router's ``router_replay`` at this moment; None while its manager rests."""
+    if isinstance(replay, ManagerTap):
+        return "an active stage of its replay manager" if replay.active else None
+    if hasattr(replay, "router_replay_action"):  # Megatron's RouterReplay, and verl's
+        action = replay.router_replay_action
+        return None if action is None else f"RouterReplay action {action}"
+    return f"router_replay is a {type(replay).__qualname__}"
 
 
 def _captured_by_cuda_graph(config: Any) -> str | None:

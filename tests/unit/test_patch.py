@@ -201,14 +201,14 @@ def test_somebody_elses_wrapper_on_top_survives(fresh: Fresh, on_top: str) -> No
         assert probe.states() == ["buried", "disabled", "disabled"]
         assert vars(TopKRouter)["__init__"] is top
         assert probe.labels(probe.build()) == [None] * 4
-        assert (len(calls), len(given)) == (8, 4)
+        assert (len(calls), len(set(map(id, given)))) == (8, 4)
 
         r3patch.install()
         assert probe.states() == ["installed"] * 3
         assert probe.labels(probe.build()) == {LABELLED}
         assert len(calls) == 12
-        # Nobody can see through a plain function: ours is wrapped again, and labels twice.
-        assert len(given) == (12 if {on_top!r} == "plain function" else 8)
+        # Some more than once: nobody can see through a plain function, so ours is wrapped again.
+        assert len(set(map(id, given))) == 8
         """
     )
 

@@ -1,0 +1,70 @@
+"""Megatron's own ``RouterReplay`` (0.16 and newer), which NeMo-RL, SkyRL, AReaL and others drive.
+
+With ``moe_enable_routing_replay`` each router's constructor makes a ``RouterReplay``, which enters
+a global list. An instance of a router in scope "mtp" leaves the list, and the router has none:
+``set_replay_data`` takes decoder layers only, and ``get_recorded_data`` gives the same ones.
+
+Source: megatron/core/transformer/moe/router_replay.py and TopKRouter.__init__, 0.16.1 and 0.19.2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from r3patch._scope import MTP
+from r3patch.bridges._common import forget
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from r3patch.routes import Routes
+
+MODULE = "megatron.core.transformer.moe.router_replay"
+NEEDS = ("RouterReplay.global_router_replay_instances",)
+
+
+def govern(router: Any, scope: str, manager: ModuleType) -> None:
+    replay = getattr(router, "router_replay", None)
+    if scope == MTP and isinstance(replay, manager.RouterReplay):
+        forget(manager.RouterReplay.global_router_replay_instances, replay)
+        router.router_replay = None
+
+
+def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "error") -> None:
+    """Set one microbatch's routes on the native instances of a live model's main routers.
+
+    For those who use Megatron's own actions. It fills the routers of the model that is given, not
+    the global list, in which orphans of a rebuilt decoder and other models stand as well.
+
+    Args:
+        model: a module or a list of chunks.
+        routes: this rank's rows in the router's order, with a column for every main router.
+        missing: invalid rows are an error, because the native replay has no live rows; or they get
+            distinct experts in turn.
+
+    Raises:
+        RoutesError: the routes do not fit the model, or have invalid rows under ``"error"``.
+        ReplayError: a main router has no native instance.
+    """
+    import torch
+
+    from r3patch import _megatron
+    from r3patch._errors import ReplayError
+    from r3patch._scope import MAIN
+    from r3patch._stream import Microbatch, layer_of
+    from r3patch.manager import check_routes
+
+    infos = _megatron.routers(model, MAIN)
+    check_routes(routes, infos, "drive()", missing="error" if missing == "error" else "live")
+    bare = [i.name for i in infos if not hasattr(i.module.router_replay, "set_target_indices")]
+    if bare or not infos:
+        raise ReplayError(
+            f"{bare or 'the model'} has no RouterReplay to drive. Build the model with "
+            "moe_enable_routing_replay=True (megatron-core 0.16 and newer)."
+        )
+    layers = sorted({layer_of(info) for info in infos})
+    microbatch = Microbatch(routes, layers, spread=missing == "spread")
+    for info in infos:
+        rows = microbatch.rows[microbatch.column(layer_of(info)).index]
+        device = info.module.weight.device
+        info.module.router_replay.set_target_indices(rows.to(device, torch.int64))

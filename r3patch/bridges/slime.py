@@ -1,0 +1,67 @@
+"""slime: registration by ``register_routing_replay``, stages by environment variable.
+
+slime's Megatron patch registers each router and wraps ``compute_topk``. On stock Megatron both are
+done here for main routers. Routers in scope "mtp" are not in ``all_routing_replays``, so that the
+count in slime's fill is right, and their calls see the stage "fallthrough".
+
+Source: slime/utils/routing_replay.py, August 2026.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from r3patch._scope import MTP
+from r3patch.bridges._common import ManagerTap, drop_hooks, forget, shield
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MODULE = "slime.utils.routing_replay"
+NEEDS = (
+    "register_routing_replay",
+    "get_routing_replay_compute_topk",
+    "RoutingReplay.all_routing_replays",
+)
+ATTRIBUTE = "routing_replay"
+ENABLE, STAGE, IDLE = "ENABLE_ROUTING_REPLAY", "ROUTING_REPLAY_STAGE", "fallthrough"
+
+
+def govern(router: Any, scope: str, module: ModuleType) -> None:
+    if scope == MTP:
+        _exclude(router, module)
+    elif _enabled() and not hasattr(router, ATTRIBUTE):
+        module.register_routing_replay(router)
+        if getattr(router, "router_replay", None) is None:
+            router.router_replay = ManagerTap(
+                module.get_routing_replay_compute_topk,
+                lambda: _enabled() and os.environ.get(STAGE, IDLE) != IDLE,
+            )
+
+
+def _enabled() -> bool:
+    return os.environ.get(ENABLE, "0") == "1"
+
+
+def _exclude(router: Any, module: ModuleType) -> None:
+    stream = vars(router).pop(ATTRIBUTE, None)
+    if stream is not None:
+        forget(module.RoutingReplay.all_routing_replays, stream)
+        drop_hooks(router, MODULE)
+    if isinstance(getattr(router, "router_replay", None), ManagerTap):
+        router.router_replay = None  # it was labelled "main" before
+
+    def rest() -> Any:
+        stage = os.environ.get(STAGE)
+        os.environ[STAGE] = IDLE
+
+        def wake() -> None:
+            if stage is None:
+                os.environ.pop(STAGE, None)
+            else:
+                os.environ[STAGE] = stage
+
+        return wake
+
+    shield(router, rest)

@@ -1,0 +1,49 @@
+"""verl: its patch replaces ``TopKRouter.routing`` and keeps a registry of its own.
+
+The patch gives every router a ``RouterReplay`` of verl's and routes by verl's copy of Megatron's
+``routing``. A router in scope "mtp" leaves the registry, has no replay, and routes by Megatron's own
+function again. The order of the two patches does not matter: a router is governed at the end of its
+own constructor and once more when the MTP constructor around it is done.
+
+Source: verl/utils/megatron/router_replay_patch.py, 2026.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from r3patch._scope import MTP
+from r3patch.bridges._common import forget
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MODULE = "verl.utils.megatron.router_replay_patch"
+NEEDS = ("RouterReplay.router_instances", "apply_router_replay_patch")
+_ROUTER = "megatron.core.transformer.moe.router"
+
+
+def govern(router: Any, scope: str, module: ModuleType) -> None:
+    if scope != MTP:
+        return
+    replay = getattr(router, "router_replay", None)
+    if isinstance(replay, module.RouterReplay):
+        forget(module.RouterReplay.router_instances, replay)
+        router.router_replay = None
+    if getattr(type(router).routing, "__module__", _ROUTER) == MODULE:
+        router.routing = types.MethodType(_own_routing(), router)
+
+
+@functools.cache
+def _own_routing() -> Any:
+    """``TopKRouter.routing`` as Megatron wrote it: from its file, because verl keeps no original."""
+    path = sys.modules[_ROUTER].__file__
+    spec = importlib.util.spec_from_file_location("r3patch_own_router", path)
+    assert spec is not None and spec.loader is not None
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    return own.TopKRouter.routing
