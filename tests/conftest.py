@@ -1,0 +1,79 @@
+"""What all tests share: a clean environment, the versions in the header, and honest selection.
+
+A test of a feature that the installed Megatron lacks is *deselected*, by looking for the feature.
+A test that needs Megatron itself, or a browser, must run in CI: there its absence fails the session.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import shutil
+from importlib import metadata
+
+import pytest
+
+for _name in [name for name in os.environ if name.startswith("R3PATCH_")]:
+    del os.environ[_name]
+# Megatron's jit_fuser is torch.compile, which looks for a C++ compiler. test_compile.py unsets it.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+IN_CI = bool(os.environ.get("CI"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def pytest_report_header() -> str:
+    versions = []
+    for package in ("torch", "megatron-core", "wrapt"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    return ", ".join(versions)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    absent = []
+    if importlib.util.find_spec("megatron") is None:
+        absent.append("megatron")
+    if not any(map(shutil.which, BROWSERS)):
+        absent.append("browser")
+    lacking = [item for name in absent for item in items if item.get_closest_marker(name)]
+    if lacking and IN_CI:
+        raise pytest.UsageError(f"CI must run the tests that need: {', '.join(absent)}")
+    lacking += [item for item in items if item not in lacking and not _has_features(item)]
+    if lacking:
+        items[:] = [item for item in items if item not in lacking]
+        config.hook.pytest_deselected(items=lacking)
+
+
+def _has_features(item: pytest.Item) -> bool:
+    return all(_has(str(what)) for mark in item.iter_markers("feature") for what in mark.args)
+
+
+def _has(feature: str) -> bool:
+    """``config:<field of TransformerConfig>`` or ``module:<dotted module>:<attribute>``."""
+    kind, _, what = feature.partition(":")
+    if kind == "config":
+        from megatron.core.transformer import TransformerConfig
+
+        return what in {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert kind == "module", feature
+    module, _, attribute = what.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return False
+    return not attribute or hasattr(found, attribute)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if IN_CI and report.skipped and item.get_closest_marker("megatron"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped in CI: {report.longrepr}"
+    return report

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# venv.sh NAME PYTHON EXTRAS: .venv/NAME with this package and its extras, made once and again
+# whenever what it was made from changes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name=$1 python=$2 extras=$3
+venv=.venv/$name
+
+# The newest Megatron that installs: 0.17 and newer need Python 3.12.
+minor=$("$python" -c 'import sys; print(sys.version_info.minor)')
+if [ "$minor" -ge 12 ]; then megatron=0.19.2; else megatron=0.16.1; fi
+
+stamp=$(cat pyproject.toml constraints.txt tools/venv.sh | cksum; echo "$minor $extras")
+if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
+    echo "making $venv: Python 3.$minor, megatron-core $megatron (the first time takes minutes)" >&2
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${PIP_FLAGS:-})
+    "${pip[@]}" -c constraints.txt torch numpy 2> >(grep -v 'is ignored' >&2)
+    "${pip[@]}" -c constraints.txt "megatron-core==$megatron" -e ".[$extras]" 2> >(grep -v 'is ignored' >&2)
+    echo "$stamp" >"$venv/stamp"
+fi
