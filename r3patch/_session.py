@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from r3patch import _megatron, _support, _trace
-from r3patch._errors import ReplayError, UnsupportedRoutingError
+from r3patch._errors import R3PatchError, ReplayError, UnsupportedRoutingError
 from r3patch._megatron import RouterInfo
 from r3patch._scope import MAIN, scope_of
 from r3patch._stream import RecordStream, ReplayStream
@@ -157,10 +157,12 @@ class Session(Generic[Stream]):
     def _trace(self, error: BaseException | None) -> None:
         if not _trace.enabled():
             return
+        # After a failure of the device, reading figures would raise over the first error.
+        readable = error is None or isinstance(error, R3PatchError)
         record = _trace.session(
             self.kind,
             step=self._step,
-            stats=self.stats,
+            stats=self.stats if readable else None,
             notes=self._notes,
             expert_load=self._expert_load() if error is None else None,
             error=error,

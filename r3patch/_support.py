@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
-from r3patch import _megatron
+from r3patch import _megatron, bridges
 from r3patch._errors import UnsupportedMegatronError, UnsupportedRoutingError
 from r3patch._megatron import RouterInfo
 from r3patch._scope import MAIN
@@ -112,7 +112,7 @@ def _router_problems(info: RouterInfo) -> Iterator[Problem]:
             "an open session",
             "this model is in a record or replay session. Leave it first.",
         )
-    elif current is not None and (driver := _driver(current)):
+    elif driver := _driver(info.module):
         yield error(
             driver,
             "another replay manager drives this router, and two replays on one call would "
@@ -199,13 +199,14 @@ def _topk_function() -> Callable[..., Any] | None:
     return getattr(router, "topk_routing_with_score_function", None)
 
 
-def _driver(replay: Any) -> str | None:
-    """What drives a router's ``router_replay`` at this moment; None while its manager rests."""
-    if isinstance(replay, ManagerTap):
-        return "an active stage of its replay manager" if replay.active else None
-    if hasattr(replay, "router_replay_action"):  # Megatron's RouterReplay, and verl's
-        action = replay.router_replay_action
-        return None if action is None else f"RouterReplay action {action}"
+def _driver(router: Any) -> str | None:
+    """What drives a router at this moment; None while every manager rests."""
+    name = bridges.driver(router)
+    if name is not None:
+        return f"the replay manager {name} is replaying or recording"
+    replay = getattr(router, "router_replay", None)
+    if replay is None or isinstance(replay, ManagerTap) or hasattr(replay, "router_replay_action"):
+        return None
     return f"router_replay is a {type(replay).__qualname__}"
 
 

@@ -56,6 +56,15 @@ def status() -> list[BridgeStatus]:
     return [BridgeStatus(name, *_state(name)) for name in _BRIDGES]
 
 
+def driver(router: Any) -> str | None:
+    """The manager that replays or records on this router at the moment, governed or not."""
+    for name, bridge in _BRIDGES.items():
+        manager = sys.modules.get(bridge.MODULE)
+        if manager is not None and not _reason(name, manager) and bridge.drives(router, manager):
+            return name
+    return None
+
+
 def _state(name: str) -> tuple[str, str]:
     module = _BRIDGES[name].MODULE
     if name not in _enabled() or _govern not in _scope.listeners:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class ManagerTap:
@@ -11,16 +16,10 @@ class ManagerTap:
 
     Args:
         wrap: the manager's own wrapper around a top-k function of Megatron's.
-        active: whether the manager would do anything at this moment.
     """
 
-    def __init__(self, wrap: Callable[[Any], Any], active: Callable[[], bool]) -> None:
+    def __init__(self, wrap: Callable[[Any], Any]) -> None:
         self._wrap = wrap
-        self._active = active
-
-    @property
-    def active(self) -> bool:
-        return self._active()
 
     def get_replay_topk(
         self,
@@ -35,6 +34,33 @@ class ManagerTap:
             scores, topk, num_groups=num_groups, group_topk=group_topk
         )
         return values, ids.long()  # managers keep int32, which not every torch scatters by
+
+
+def is_free(router: Any) -> bool:
+    """Whether no other foreign manager has the router's extension point: the first one keeps it."""
+    if not isinstance(getattr(router, "router_replay", None), ManagerTap):
+        return True
+    _warn_once("two replay managers are enabled; the first that r3patch finds drives the routers")
+    return False
+
+
+def attach(router: Any, tap: ManagerTap) -> None:
+    """Give a manager the router's extension point, in place of a native ``RouterReplay``.
+
+    A manager that somebody enabled goes before the native one, as on miles' fork. The native
+    instance leaves its registry, where it would take data that it never replays.
+    """
+    native = sys.modules.get("megatron.core.transformer.moe.router_replay")
+    replay = router.router_replay
+    if native is not None and isinstance(replay, native.RouterReplay):
+        forget(native.RouterReplay.global_router_replay_instances, replay)
+        _warn_once("an enabled replay manager goes before Megatron's own RouterReplay")
+    router.router_replay = tap
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def forget(registry: list[Any], entry: object) -> None:

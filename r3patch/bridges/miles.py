@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from r3patch._scope import MTP
-from r3patch.bridges._common import ManagerTap, drop_hooks, forget, shield
+from r3patch.bridges._common import ManagerTap, attach, drop_hooks, forget, is_free, shield
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -35,23 +35,20 @@ def govern(router: Any, scope: str, module: ModuleType) -> None:
     manager = module.routing_replay_manager
     if scope == MTP:
         _exclude(router, manager)
-    elif manager.enabled and not _streams(router, manager):
-        _register(router, manager)
+    elif manager.enabled and not _streams(router, manager) and is_free(router):
+        manager.register_to_module(router, ATTRIBUTE)
+        attach(router, ManagerTap(lambda topk: manager.get_topk_fn(topk, return_probs=True)))
+
+
+def drives(router: Any, module: ModuleType) -> bool:
+    manager = module.routing_replay_manager
+    return bool(manager.enabled and manager.stage != IDLE and _streams(router, manager))
 
 
 def _streams(router: Any, manager: Any) -> dict[str, Any]:
     """The attributes of the router that hold a stream of the manager: the fork chose the name."""
     known = {id(replay) for replay in manager.replays}
     return {name: value for name, value in vars(router).items() if id(value) in known}
-
-
-def _register(router: Any, manager: Any) -> None:
-    manager.register_to_module(router, ATTRIBUTE)
-    if getattr(router, "router_replay", None) is None:
-        router.router_replay = ManagerTap(
-            lambda topk: manager.get_topk_fn(topk, return_probs=True),
-            lambda: bool(manager.enabled) and manager.stage != IDLE,
-        )
 
 
 def _exclude(router: Any, manager: Any) -> None:

@@ -30,6 +30,11 @@ def govern(router: Any, scope: str, manager: ModuleType) -> None:
         router.router_replay = None
 
 
+def drives(router: Any, manager: ModuleType) -> bool:
+    replay = getattr(router, "router_replay", None)
+    return isinstance(replay, manager.RouterReplay) and replay.router_replay_action is not None
+
+
 def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "error") -> None:
     """Set one microbatch's routes on the native instances of a live model's main routers.
 

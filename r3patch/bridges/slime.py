@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from r3patch._scope import MTP
-from r3patch.bridges._common import ManagerTap, drop_hooks, forget, shield
+from r3patch.bridges._common import ManagerTap, attach, drop_hooks, forget, is_free, shield
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,13 +31,13 @@ ENABLE, STAGE, IDLE = "ENABLE_ROUTING_REPLAY", "ROUTING_REPLAY_STAGE", "fallthro
 def govern(router: Any, scope: str, module: ModuleType) -> None:
     if scope == MTP:
         _exclude(router, module)
-    elif _enabled() and not hasattr(router, ATTRIBUTE):
+    elif _enabled() and not hasattr(router, ATTRIBUTE) and is_free(router):
         module.register_routing_replay(router)
-        if getattr(router, "router_replay", None) is None:
-            router.router_replay = ManagerTap(
-                module.get_routing_replay_compute_topk,
-                lambda: _enabled() and os.environ.get(STAGE, IDLE) != IDLE,
-            )
+        attach(router, ManagerTap(module.get_routing_replay_compute_topk))
+
+
+def drives(router: Any, module: ModuleType) -> bool:
+    return _enabled() and os.environ.get(STAGE, IDLE) != IDLE and hasattr(router, ATTRIBUTE)
 
 
 def _enabled() -> bool:

@@ -1,9 +1,9 @@
 """verl: its patch replaces ``TopKRouter.routing`` and keeps a registry of its own.
 
 The patch gives every router a ``RouterReplay`` of verl's and routes by verl's copy of Megatron's
-``routing``. A router in scope "mtp" leaves the registry, has no replay, and routes by Megatron's own
-function again. The order of the two patches does not matter: a router is governed at the end of its
-own constructor and once more when the MTP constructor around it is done.
+``routing``. A router in scope "mtp" leaves the registry, has no replay, and routes by Megatron's
+own function again. The order of the two patches does not matter: a router is governed at the end
+of its own constructor and once more when the MTP constructor around it is done.
 
 Source: verl/utils/megatron/router_replay_patch.py, 2026.
 """
@@ -38,12 +38,18 @@ def govern(router: Any, scope: str, module: ModuleType) -> None:
         router.routing = types.MethodType(_own_routing(), router)
 
 
+def drives(router: Any, module: ModuleType) -> bool:
+    replay = getattr(router, "router_replay", None)
+    return isinstance(replay, module.RouterReplay) and replay.router_replay_action is not None
+
+
 @functools.cache
 def _own_routing() -> Any:
-    """``TopKRouter.routing`` as Megatron wrote it: from its file, because verl keeps no original."""
+    """``TopKRouter.routing`` as Megatron wrote it: from its file, for verl keeps no original."""
     path = sys.modules[_ROUTER].__file__
     spec = importlib.util.spec_from_file_location("r3patch_own_router", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     own = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(own)
     return own.TopKRouter.routing

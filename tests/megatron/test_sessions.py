@@ -455,7 +455,7 @@ def test_a_missing_sample_trains_as_without_replay() -> None:
 
 
 def test_nothing_of_ours_is_on_the_forward_path() -> None:
-    """Outside a session the routing functions are Megatron's own objects, no wrapt object in reach."""
+    """Outside a session the routing functions are Megatron's own, no wrapt object in reach."""
     import wrapt
     from megatron.core.transformer.moe import moe_utils, router
 
@@ -469,7 +469,8 @@ def test_nothing_of_ours_is_on_the_forward_path() -> None:
         assert function.__module__.startswith("megatron.")
     for module in build().modules():
         names = [n for n in dir(type(module)) if n not in ("__init__", "__class__")]
-        held = [*vars(module).values(), *(vars(c).get(n) for c in type(module).__mro__ for n in names)]
+        classes = type(module).__mro__
+        held = [*vars(module).values(), *(vars(c).get(name) for c in classes for name in names)]
         assert not any(isinstance(value, wrapt.ObjectProxy) for value in held)
 
 
