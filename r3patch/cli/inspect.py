@@ -1,0 +1,254 @@
+"""``r3patch inspect``: look into a file of routes, or compare two."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r3patch._errors import R3PatchError
+from r3patch.cli._terminal import console, need, paragraph, plain, spans, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from r3patch.metrics import RouteMismatch
+    from r3patch.routes import Routes
+
+_BLOCKS = "·▁▂▃▄▅▆▇█"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="what Routes.save wrote, or a payload: .json, .npy, base64")
+    parser.add_argument("other", nargs="?", help="a second file, to compare the first with")
+    sizes = parser.add_argument_group("payloads", "what a payload does not say itself")
+    for name in ("num-tokens", "num-experts", "topk", "num-layers"):
+        sizes.add_argument(f"--{name}", type=int, metavar="N")
+    sizes.add_argument(
+        "--moe-layers",
+        metavar="LIST",
+        help="1-based layer numbers, such as 4-61 or 2,4,6; all layers if left out",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """One file: 1 if a layer is suspicious. Two: 1 if they differ, as diff has it. Else 0."""
+    out = console()
+    first = load(args.file, args)
+    if args.other is None:
+        return _show(out, args.file, first)
+    second = load(args.other, args)
+    return _compare(out, first, second)
+
+
+def load(path: str, args: argparse.Namespace) -> Routes:
+    """Routes from a file of any kind that `add_arguments` names, told apart by content."""
+    from r3patch.rollout import decode
+    from r3patch.routes import Routes
+
+    data = Path(path).read_bytes()
+    if data[:2] == b"PK":  # a zip archive, which torch.save writes
+        return Routes.load(path)
+    names = ("num_tokens", "num_experts", "topk", "num_layers")
+    absent = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
+    if absent:
+        raise R3PatchError(
+            f"{path} is no file of Routes.save. If it is an engine's payload, add "
+            f"{', '.join(absent)}."
+        )
+    return decode(
+        _payload(data),
+        **{name: getattr(args, name) for name in names},
+        moe_layers=_numbers(args.moe_layers) if args.moe_layers else None,
+        on_bad_rows="invalid",
+        name=path,
+    )
+
+
+def _payload(data: bytes) -> Any:
+    if data[:6] == b"\x93NUMPY":
+        import io
+
+        return need("numpy", "rollout").load(io.BytesIO(data), allow_pickle=False)
+    text = data.strip()
+    if text[:1] in (b"[", b"{", b'"'):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise R3PatchError(f"it starts like JSON, but is not: {error}") from error
+    return text
+
+
+def _numbers(text: str) -> list[int]:
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            numbers += range(int(first), int(last if dash else first) + 1)
+    except ValueError:
+        raise R3PatchError(f"--moe-layers is {text!r}, expected such as 4-61 or 2,4,6.") from None
+    return numbers
+
+
+def suspicions(routes: Routes) -> Iterator[tuple[int, str]]:
+    """Layers that look like no router's choice, as (layer number, why)."""
+    from r3patch.metrics import expert_load
+
+    load = expert_load(routes)
+    for column, layer in enumerate(routes.layers):
+        rows = _valid_rows(routes, column)
+        share = int(load.real[column].max()) / len(rows) if len(rows) else 0.0
+        if routes.num_tokens and not len(rows):
+            yield layer, "no valid row: the engine did not capture this layer, or it is dense"
+        elif len(rows) >= 16 and bool((rows == rows[0]).all()):
+            yield layer, f"constant: every row is {rows[0].tolist()}"
+        elif len(rows) >= 16 and share > 0.9 and routes.topk < routes.num_experts // 2:
+            yield layer, f"one expert is in {share:.0%} of the rows"
+        if column and len(rows) >= 16 and _same_column(routes, column - 1, column):
+            yield layer, f"equal to layer {routes.layers[column - 1]} in every row"
+
+
+def _valid_rows(routes: Routes, column: int) -> Tensor:
+    """``[num_valid, topk]``, ids ascending."""
+    rows = routes.experts[:, column]
+    if routes.valid is not None:
+        rows = rows[routes.valid[:, column]]
+    return rows.sort(-1).values
+
+
+def _same_column(routes: Routes, a: int, b: int) -> bool:
+    first, second = _valid_rows(routes, a), _valid_rows(routes, b)
+    return first.shape == second.shape and bool((first == second).all())
+
+
+def _show(out: Any, path: str, routes: Routes) -> int:
+    from r3patch.metrics import expert_load
+
+    rows = routes.num_tokens * routes.num_layers
+    covered = (rows - routes.invalid_rows) / rows if rows else math.nan
+    facts = [
+        ("tokens", str(routes.num_tokens)),
+        ("layers", f"{routes.num_layers}: {spans(routes.layers)}"),
+        ("experts", f"top-{routes.topk} of {routes.num_experts}"),
+        ("valid rows", f"{rows - routes.invalid_rows} of {rows} ({covered:.1%})"),
+        ("bad rows", f"{routes.bad_rows} (marked invalid)"),
+    ]
+    out.print(table(plain(path), [], facts if routes.bad_rows else facts[:-1]))
+    load = expert_load(routes)
+    width = max(8, min(routes.num_experts, out.width - 27))
+    rows_ = [
+        (str(layer), heat(counts.tolist(), width), f"{imbalance:.2f}", str(invalid))
+        for layer, counts, imbalance, invalid in zip(
+            load.layers, load.real, load.imbalance, load.invalid.tolist(), strict=True
+        )
+    ]
+    title = f"Expert load: expert 0 left, {routes.num_experts - 1} right"
+    out.print(table(title, ["layer", "rows by expert", "max/mean", "invalid"], rows_))
+    found = list(suspicions(routes))
+    for layer, text in found:
+        out.print(f"[bold yellow]suspicious[/] layer {layer}")
+        out.print(paragraph(text))
+    if not found:
+        out.print("No layer is suspicious.")
+    return 1 if found else 0
+
+
+def heat(counts: list[int], width: int) -> Any:
+    """Counts as a bar of blocks, neighbours summed to `width`; full is twice the mean or more."""
+    text = need("rich.text", "cli").Text()
+    edges = [round(i * len(counts) / width) for i in range(width + 1)]
+    bins = [sum(counts[a:b]) / (b - a) for a, b in pairwise(edges) if b > a]
+    mean = sum(counts) / len(counts) if counts else 0
+    for value in bins:
+        level = min(1.0, value / (2 * mean)) if mean else 0.0
+        block = _BLOCKS[math.ceil(level * (len(_BLOCKS) - 1))]
+        text.append(block, style=_color(value / mean) if mean else "dim")
+    return text
+
+
+def _color(load: float) -> str:
+    """Blue below, grey around, and red above an even load."""
+    bounds = ((0.33, "blue"), (0.67, "cyan"), (1.5, "white"), (2.5, "yellow"))
+    return next((color for bound, color in bounds if load < bound), "red")
+
+
+def _compare(out: Any, a: Routes, b: Routes) -> int:
+    from r3patch.metrics import route_mismatch
+
+    common = [layer for layer in a.layers if layer in b.layers]
+    if set(a.layers) != set(b.layers):
+        out.print(f"[yellow]Only layers {spans(common)} are in both.[/]")
+    a, b = a.select(common), b.select(common)
+    if a.num_tokens != b.num_tokens:
+        short = min(a.num_tokens, b.num_tokens)
+        out.print(f"[yellow]{a.num_tokens} and {b.num_tokens} tokens: the first {short} count.[/]")
+        a, b = a[0:short], b[0:short]
+    found = route_mismatch(a, b)
+    rows = [
+        (str(layer), str(rows), _percent(mismatch), _percent(overlap), _bar(mismatch))
+        for layer, rows, mismatch, overlap in zip(
+            found.layers, found.rows, found.mismatch_by_layer, found.overlap_by_layer, strict=True
+        )
+    ]
+    out.print(table("Where they differ", ["layer", "rows", "differ", "overlap", ""], rows))
+    out.print(f"{_percent(found.mismatch)} of rows differ, overlap {_percent(found.overlap)}.")
+    out.print(f"{_percent(found.token_mismatch)} of tokens differ in at least one layer.")
+    for text in shifts(a, b, found):
+        out.print(f"[bold yellow]suspicious[/] {text}")
+    return 1 if found.rows_differing != (0,) * len(found.rows) else 0
+
+
+def shifts(a: Routes, b: Routes, found: RouteMismatch | None = None) -> Iterator[str]:
+    """Where two selections look unrelated: whether a shift by layers or tokens explains it."""
+    from r3patch.metrics import route_mismatch, suspicious_overlap
+
+    found = found or route_mismatch(a, b)
+    bound = suspicious_overlap(a.topk, a.num_experts)
+    if not found.overlap < bound:
+        return
+    yield (
+        f"overlap {found.overlap:.1%}, where unrelated routes have "
+        f"{a.topk / a.num_experts:.1%}: these are not the same tokens, layers and weights."
+    )
+    for by in (-2, -1, 1, 2):
+        overlap = _overlap_by_layer_shift(a, b, by)
+        if overlap > bound:
+            yield f"The second is shifted by {by:+d} MoE layer(s): then they overlap {overlap:.1%}."
+        overlap = _overlap_by_token_shift(a, b, by)
+        if overlap > bound:
+            yield f"The second is shifted by {by:+d} token(s): then they overlap {overlap:.1%}."
+
+
+def _overlap_by_layer_shift(a: Routes, b: Routes, by: int) -> float:
+    from r3patch.metrics import route_mismatch
+    from r3patch.routes import Routes
+
+    layers = sorted(a.layers)
+    if abs(by) >= len(layers):
+        return math.nan
+    ours, theirs = (layers[:-by], layers[by:]) if by > 0 else (layers[-by:], layers[:by])
+    moved = b.select(theirs)
+    renamed = Routes(moved.experts, ours, moved.valid, num_experts=b.num_experts)
+    return route_mismatch(a.select(ours), renamed).overlap
+
+
+def _overlap_by_token_shift(a: Routes, b: Routes, by: int) -> float:
+    from r3patch.metrics import route_mismatch
+
+    n = a.num_tokens
+    if abs(by) >= n:
+        return math.nan
+    ours, theirs = (slice(0, n - by), slice(by, n)) if by > 0 else (slice(-by, n), slice(0, n + by))
+    return route_mismatch(a[ours], b[theirs]).overlap
+
+
+def _percent(part: float) -> str:
+    return "-" if math.isnan(part) else f"{part:.1%}"
+
+
+def _bar(part: float) -> str:
+    return "" if math.isnan(part) else "█" * math.ceil(part * 16)
