@@ -1,16 +1,19 @@
-"""Checks the relative links and anchors of the Markdown files: file, line, and what is wrong.
+"""Checks the relative links and anchors of Markdown files: file, line, and what is wrong.
 
-    python tools/check_links.py [FILE_OR_FOLDER ...]
+Usage: ``python tools/check_links.py [FILE_OR_FOLDER ...]``
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
+# The second half of an inline link, with or without a title, and a reference: [name]: target.
+LINK = re.compile(r"\]\(<?([^)\s>]+)>?(?:\s+[\"'][^)]*)?\)|^ {0,3}\[[^\]]+\]:\s+<?([^\s>]+)")
 HEADING = re.compile(r"^#+\s+(.*?)\s*#*$")
 
 
@@ -27,27 +30,29 @@ def main(arguments: list[str]) -> int:
 def check(file: Path) -> Iterator[str]:
     """A message for every relative link of the file that leads nowhere."""
     for number, line in _prose(file):
-        for target in LINK.findall(line):
-            if re.match(r"[a-z]+:", target):
+        for inline, reference in LINK.findall(CODE.sub("", line)):
+            target = inline or reference
+            if re.match(r"[a-z][a-z+.-]*:", target):
                 continue
             path, _, anchor = target.partition("#")
             there = (file.parent / path) if path else file
             if not there.exists():
                 yield f"{file}:{number}: {target}: there is no {there}"
-            elif anchor and anchor not in anchors(there):
+            elif anchor and there.suffix == ".md" and anchor not in anchors(there):
                 yield f"{file}:{number}: {target}: {there} has no heading for #{anchor}"
 
 
 def anchors(file: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a file."""
-    found: set[str] = set()
+    seen: Counter[str] = Counter()
+    found = set()
     for _, line in _prose(file):
         heading = HEADING.match(line)
         if heading:
-            text = re.sub(r"[^\w\- ]", "", heading.group(1).replace("`", "").lower())
-            slug = text.replace(" ", "-")
-            copies = sum(name == slug or name.startswith(f"{slug}-") for name in found)
-            found.add(f"{slug}-{copies}" if slug in found else slug)
+            text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.group(1)).lower()
+            slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+            found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+            seen[slug] += 1
     return found
 
 
@@ -59,10 +64,10 @@ def _prose(file: Path) -> Iterator[tuple[int, str]]:
     """The lines outside code blocks, with their numbers."""
     code = False
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.lstrip().startswith("```"):
+        if line.lstrip().startswith(("```", "~~~")):
             code = not code
         elif not code:
-            yield number, re.sub(r"`[^`]*`", lambda m: m.group() if "](" in m.group() else "``", line)
+            yield number, line
 
 
 if __name__ == "__main__":

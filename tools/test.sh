@@ -30,7 +30,7 @@ fi
 if [ -n "$old" ]; then lint=.venv/test-old/bin; else lint=.venv/test-new/bin; fi
 
 "$lint/ruff" check .
-"$lint/ruff" format --check --quiet .
+"$lint/ruff" format --check .
 "$lint/mypy"
 "$lint/python" tools/check_links.py
 

@@ -6,6 +6,10 @@ cd "$(dirname "$0")/.."
 name=$1 python=$2 extras=$3
 venv=.venv/$name
 
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "$python is $("$python" --version 2>&1), expected Python 3.10 or newer: make ... PYTHON=python3.12" >&2
+    exit 1
+}
 # The newest Megatron that installs: 0.17 and newer need Python 3.12.
 minor=$("$python" -c 'import sys; print(sys.version_info.minor)')
 if [ "$minor" -ge 12 ]; then megatron=0.19.2; else megatron=0.16.1; fi
