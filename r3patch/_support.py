@@ -182,9 +182,7 @@ class _LastTopk(TorchFunctionMode):
 
     sorted = True
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "topk":
             self.sorted = bool((kwargs or {}).get("sorted", True))
         return func(*args, **(kwargs or {}))

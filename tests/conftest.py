@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import operator
 import os
 import shutil
 from importlib import metadata
@@ -37,7 +38,7 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     absent = []
-    if importlib.util.find_spec("megatron") is None:
+    if not _has("module:megatron.core"):
         absent.append("megatron")
     if not any(map(shutil.which, BROWSERS)):
         absent.append("browser")
@@ -67,9 +68,10 @@ def _has(feature: str) -> bool:
     module, _, attribute = what.partition(":")
     try:
         found = importlib.import_module(module)
-    except ImportError:
+        operator.attrgetter(attribute or "__name__")(found)
+    except (ImportError, AttributeError):
         return False
-    return not attribute or hasattr(found, attribute)
+    return True
 
 
 @pytest.hookimpl(wrapper=True)

@@ -65,7 +65,8 @@ class CPUAttention(torch.nn.Module):
         length = query.shape[0]
         if size > 1:
             group = parallel_state.get_context_parallel_group()
-            key, value = (_Gather.apply(x, group) for x in (key, value))
+            gather: Any = _Gather.apply
+            key, value = gather(key, group), gather(value, group)
         places = torch.cat([_places(length, size, r) for r in range(size)])
         mask = places.unsqueeze(0) <= _places(length, size, rank).unsqueeze(1)
         repeat = query.shape[2] // key.shape[2]
@@ -80,7 +81,7 @@ class CPUAttention(torch.nn.Module):
 
 
 def _places(length: int, size: int, rank: int) -> torch.Tensor:
-    """The places in the sequence of a rank's tokens: chunks ``rank`` and ``2 * size - 1 - rank``."""
+    """The places in the sequence of a rank's tokens: chunks rank and ``2 * size - 1 - rank``."""
     if size == 1:
         return torch.arange(length)
     chunks = torch.arange(length * size).view(2 * size, -1)

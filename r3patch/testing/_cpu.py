@@ -29,9 +29,9 @@ def megatron_on_cpu(
 ) -> Iterator[None]:
     """Stock megatron-core (0.16 and newer) runs on the CPU, over gloo, inside this block.
 
-    Initialises ``torch.distributed`` (a world of one, or what ``torchrun`` announced) and Megatron's
-    parallel state. On leaving, by any way, both are torn down and every attribute that was
-    replaced is what it was.
+    Initialises ``torch.distributed`` (a world of one, or what ``torchrun`` announced) and
+    Megatron's parallel state. On leaving, by any way, both are torn down and every attribute that
+    was replaced is what it was.
 
     Args:
         tensor: tensor-parallel ranks.
@@ -148,6 +148,7 @@ def _megatron_stubs() -> Iterator[None]:
     moe_utils = _module("megatron.core.transformer.moe.moe_utils")
     dispatcher = _module("megatron.core.transformer.moe.token_dispatcher")
     norm = _module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    mla = _module("megatron.core.transformer.multi_latent_attention")
     tracker = {
         name: getattr(random, name)
         for name in ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
@@ -162,6 +163,8 @@ def _megatron_stubs() -> Iterator[None]:
         _replaced(dispatcher, maybe_move_tensor_to_cpu=_as_numpy),
         # Without Transformer Engine 0.16.1 calls a name that it never bound.
         _replaced(moe_utils, te_general_gemm=getattr(moe_utils, "te_general_gemm", None)),
+        # Without Transformer Engine 0.16.1 asks isinstance(..., None).
+        _replaced(mla, TELinear=getattr(mla, "TELinear", None) or type("TELinear", (), {})),
         _replaced(norm, __new__=staticmethod(_torch_norm)),
     ):
         random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
@@ -189,9 +192,8 @@ def _parallel_state(**sizes: Any) -> Iterator[None]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
     else:
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         state.initialize_model_parallel(**sizes)
         yield
@@ -205,5 +207,6 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise UnsupportedMegatronError(
-            f"r3patch.testing needs {name} ({error}). Install it by: pip install 'r3patch[megatron]'"
+            f"r3patch.testing needs {name} ({error}). Install it by: "
+            "pip install 'r3patch[megatron]'"
         ) from error

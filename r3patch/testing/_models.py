@@ -143,7 +143,7 @@ def tiny_model(shape: str = "glm47_flash", **overrides: Any) -> list[torch.nn.Mo
         stages = config.virtual_pipeline_model_parallel_size
         chunks = [_gpt(config, stage) for stage in (range(stages) if stages else [None])]
     for chunk in chunks:
-        chunk.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]
+        chunk.model_type = ModelType.encoder_or_decoder
     return chunks
 
 
@@ -167,7 +167,7 @@ def _gpt(config: Any, vp_stage: int | None) -> torch.nn.Module:
         mtp_spec = get_gpt_mtp_block_spec(
             config, _last_layer(config, spec), use_transformer_engine=False, vp_stage=vp_stage
         )
-    return GPTModel(
+    model: torch.nn.Module = GPTModel(
         config,
         spec,
         vocab_size=VOCABULARY,
@@ -179,6 +179,7 @@ def _gpt(config: Any, vp_stage: int | None) -> torch.nn.Module:
         mtp_block_spec=mtp_spec,
         vp_stage=vp_stage,
     )
+    return model
 
 
 def _last_layer(config: Any, spec: Any) -> Any:

@@ -44,7 +44,7 @@ def _global_name(chunk: torch.nn.Module, name: str) -> str:
     decoder = re.match(r"(?:module\.)*(decoder\.layers\.\d+)\.", name)
     if decoder:
         layer = chunk.get_submodule(name[: decoder.end() - 1])
-        name = f"decoder.layer{layer.layer_number}.{name[decoder.end():]}"
+        name = f"decoder.layer{layer.layer_number}.{name[decoder.end() :]}"
 
     def renumber(match: re.Match[str]) -> str:
         local = int(match.group(1))

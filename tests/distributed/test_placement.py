@@ -109,13 +109,15 @@ def test_every_rank_gets_its_own_rows_and_no_others(workers):
 
 
 @pytest.mark.megatron
+@pytest.mark.feature(
+    "module:megatron.core.transformer.transformer_layer:TransformerLayer._maybe_unflatten_for_moe"
+)
 @pytest.mark.parametrize(("tp_size", "mbs"), [(1, 1), (1, 3), (2, 2), (2, 3)])
 def test_unflattened_packs_are_padded_batches_without_sequence_parallelism(tp_size, mbs):
     """Megatron 0.19.2 reorders equal packed samples to [S, mbs], but not a rank's part of them."""
-    transformer_layer = pytest.importorskip("megatron.core.transformer.transformer_layer")
-    unflatten = getattr(transformer_layer.TransformerLayer, "_maybe_unflatten_for_moe", None)
-    if unflatten is None:
-        pytest.skip("this Megatron does not reorder packed samples")
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    unflatten = TransformerLayer._maybe_unflatten_for_moe
     ids = [torch.arange(6) + 100 * number for number in range(mbs)]
     packed = Layout(tp_size=tp_size, sequence_parallel=tp_size > 1)
     expected = Layout(packed=False, seq_length=6) if tp_size == 1 else packed

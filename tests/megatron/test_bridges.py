@@ -169,7 +169,7 @@ def test_native_registry_has_main_routers_only(registry) -> None:
 
 @RECOMPUTE
 def test_native_decoder_only_data(registry, recompute) -> None:
-    """set_replay_data takes the decoder's layers; they are what main routers use, MTP is its own."""
+    """set_replay_data takes the decoder's layers, main routers use them, MTP keeps its own."""
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
     model = build(**NATIVE, **recompute)
@@ -383,9 +383,7 @@ def test_a_session_and_miles(miles) -> None:
     """An active stage is refused; at rest the session replays, and miles' tap comes back."""
     model = build()
     taps = [router.router_replay for router in main(model)]
-    routes = Routes(
-        torch.stack([random_ids(2), random_ids(3)], dim=1), (2, 3), num_experts=EXPERTS
-    )
+    routes = Routes(torch.stack([random_ids(2), random_ids(3)], dim=1), (2, 3), num_experts=EXPERTS)
     miles.stage = "replay_forward"
     with pytest.raises(r3patch.UnsupportedRoutingError, match="manager miles is replaying"):
         r3patch.replay(model, [routes]).__enter__()
@@ -426,7 +424,8 @@ def test_slime_on_stock_megatron(slime, monkeypatch, recompute) -> None:
     for layer in (2, 3):
         for routing_map in calls.maps(layer):
             assert torch.equal(routing_map, as_map(ids[layer - 2]))
-    assert [(s.forward_index, s.backward_index) for s in streams] == [(1, 1 if recompute else 0)] * 2
+    cursors = [(stream.forward_index, stream.backward_index) for stream in streams]
+    assert cursors == [(1, 1 if recompute else 0)] * 2
     assert_mtp_is_megatrons_own(calls)
 
 

@@ -6,12 +6,13 @@ Environment variables, names and cursors are slime's; the code is not.
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 ROUTING_REPLAY = None
 
 
 class RoutingReplay:
-    all_routing_replays = []
+    all_routing_replays: ClassVar[list] = []
 
     def __init__(self):
         self.top_indices_list = []

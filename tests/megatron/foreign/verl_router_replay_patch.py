@@ -6,12 +6,14 @@ the code is not. This `routing` is wrong on purpose: who still uses it is found 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 
 class RouterReplay:
-    router_instances = []
+    router_instances: ClassVar[list] = []
 
     def __init__(self):
         self.target_topk_idx = None
