@@ -148,6 +148,7 @@ def _megatron_stubs() -> Iterator[None]:
     moe_utils = _module("megatron.core.transformer.moe.moe_utils")
     dispatcher = _module("megatron.core.transformer.moe.token_dispatcher")
     norm = _module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    mtp = _module("megatron.core.transformer.multi_token_prediction")
     mla = _module("megatron.core.transformer.multi_latent_attention")
     tracker = {
         name: getattr(random, name)
@@ -163,12 +164,23 @@ def _megatron_stubs() -> Iterator[None]:
         _replaced(dispatcher, maybe_move_tensor_to_cpu=_as_numpy),
         # Without Transformer Engine 0.16.1 calls a name that it never bound.
         _replaced(moe_utils, te_general_gemm=getattr(moe_utils, "te_general_gemm", None)),
-        # Without Transformer Engine 0.16.1 asks isinstance(..., None).
-        _replaced(mla, TELinear=getattr(mla, "TELinear", None) or type("TELinear", (), {})),
+        # Without Transformer Engine 0.16.1 takes its absent classes for present ones.
+        _replaced(mla, HAVE_TE=False),
         _replaced(norm, __new__=staticmethod(_torch_norm)),
+        _replaced(mtp.MTPLossLoggingHelper, tracker={}),
+        _hybrid_norm(norm),
     ):
         random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
         yield
+
+
+def _hybrid_norm(norm: Any) -> contextlib.AbstractContextManager[None]:
+    """The hybrid stack's last norm is Transformer Engine's, whatever the layer specs say."""
+    try:
+        block = importlib.import_module("megatron.core.models.hybrid.hybrid_block")
+    except ImportError:
+        return contextlib.nullcontext()
+    return _replaced(block, TENorm=norm)
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

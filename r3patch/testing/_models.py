@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from typing import Any
 
 import torch
@@ -85,8 +85,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 #: Attention (*) and MoE (E) layers; after the slash the pattern of one MTP depth.
-HYBRID_PATTERN = "*E*E"
-HYBRID_MTP_PATTERN = "*E"
+HYBRID_PATTERN = "*E*E/*E"
 
 
 def tiny_config(shape: str = "glm47_flash", **overrides: Any) -> Any:
@@ -194,8 +193,57 @@ def _last_layer(config: Any, spec: Any) -> Any:
 
 
 def _hybrid(overrides: dict[str, Any]) -> torch.nn.Module:
-    raise UnsupportedMegatronError("nemotron_hybrid is not built yet")
+    """A hybrid stack of attention (*) and MoE (E) layers, in the decoder and in MTP."""
+    try:
+        from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+    except ImportError as error:
+        raise UnsupportedMegatronError(
+            f"nemotron_hybrid needs megatron.core.models.hybrid.hybrid_model ({error}): "
+            "megatron-core 0.18 and newer have it."
+        ) from error
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    main = HYBRID_PATTERN.split("/")[0]
+    overrides = {"num_layers": len(main), **overrides}
+    frequency = [int(symbol == "E") for symbol in main]
+    config = tiny_config("nemotron_hybrid", **overrides)
+    config.hybrid_layer_pattern = HYBRID_PATTERN  # as Megatron's arguments have it
+    # The layer specs of a GPT block whose first layer is dense and whose second is MoE.
+    like = tiny_config("nemotron_hybrid", **{**overrides, "moe_layer_freq": frequency})
+    spec = get_gpt_decoder_block_spec(like, use_transformer_engine=False)
+    use_cpu_attention(config, spec)
+    attention, moe = (copy.deepcopy(layer) for layer in spec.layer_specs[:2])
+    _only(attention, attention=True)
+    _only(moe, attention=False)
+    submodules = HybridStackSubmodules(
+        attention_layer=attention,
+        moe_layer=moe,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
+    )
+    model: torch.nn.Module = HybridModel(
+        config,
+        ModuleSpec(module=HybridStack, submodules=submodules),
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        hybrid_layer_pattern=HYBRID_PATTERN,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    return model
 
 
-def chunks_of(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    return [model] if isinstance(model, torch.nn.Module) else list(model)
+def _only(layer: Any, *, attention: bool) -> None:
+    """Leave one half of a transformer layer: a hybrid stack has each half as a layer."""
+    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+
+    parts = layer.submodules
+    if attention:
+        parts.mlp, parts.mlp_bda, parts.pre_mlp_layernorm = IdentityOp, IdentityFuncOp, IdentityOp
+    else:
+        parts.self_attention, parts.self_attn_bda = IdentityOp, IdentityFuncOp
+        parts.input_layernorm = IdentityOp

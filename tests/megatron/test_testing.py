@@ -16,7 +16,11 @@ from r3patch import Routes, testing
 
 pytestmark = pytest.mark.megatron
 
-SHAPES = ["glm47_flash", "qwen3_moe", "deepseek_v3"]
+HYBRID = pytest.param(
+    "nemotron_hybrid",
+    marks=pytest.mark.feature("module:megatron.core.models.hybrid.hybrid_model:HybridModel"),
+)
+SHAPES = ["glm47_flash", "qwen3_moe", "deepseek_v3", HYBRID]
 
 
 def state() -> dict[str, Any]:
@@ -126,7 +130,9 @@ def test_every_shape_replays(shape: str) -> None:
                 assert torch.equal(own_map, routing_map)
             else:
                 column = ids[:, layers.index(info.layer_number)]
-                assert torch.equal(routing_map, torch.zeros_like(routing_map).scatter(1, column, True))
+                assert torch.equal(
+                    routing_map, torch.zeros_like(routing_map).scatter(1, column, True)
+                )
 
 
 def note(calls: dict[str, Any], name: str) -> Callable[..., None]:
@@ -146,8 +152,6 @@ def test_seeded_weights_do_not_depend_on_the_order_of_building() -> None:
         other = [torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters(), strict=True)]
     assert all(same)
     assert not all(other)
-
-
 
 
 def test_ranks_are_ended_in_time() -> None:

@@ -141,6 +141,8 @@ def test_it():
         ("", "@pytest.mark.xfail", "assert 0", "true", "1 xfailed"),
         ("", "@pytest.mark.feature('config:no_such_field')", "pass", "true", "1 deselected"),
         ("", "@pytest.mark.feature('module:no_such_module:x')", "pass", "true", "1 deselected"),
+        ("", "@pytest.mark.feature('module:pathlib:Path.no_such')", "pass", "true", "1 deselected"),
+        ("", "@pytest.mark.feature('module:pathlib:Path.exists')", "pass", "true", "1 passed"),
         ("", "@pytest.mark.feature('config:num_moe_experts')", "pass", "true", "1 passed"),
     ],
 )
