@@ -207,6 +207,12 @@ class ReplayStream:
             self.seconds += time.perf_counter() - began
         return microbatch.on_device
 
+    def release(self) -> None:
+        """Free the device rows: the user may keep the session for its figures."""
+        for microbatch in self._recent:
+            microbatch.drop_device()
+        self._recent = []
+
     def check_size(self, microbatch: Microbatch, start: int, num_tokens: int, name: str) -> None:
         """Refuse a call for neither a whole microbatch nor the next piece of a chunked MLP."""
         total = microbatch.num_tokens

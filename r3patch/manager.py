@@ -92,6 +92,8 @@ class ReplayManager:
                 environment's R3PATCH_MEASURE.
             step: the training step, for the trace.
         """
+        if isinstance(microbatches, Routes):
+            raise ReplayError("replay() got one Routes; it takes a list, one for each microbatch.")
         if missing not in ("live", "spread", "error"):
             raise ReplayError(f"missing={missing!r}; it takes 'live', 'spread' or 'error'.")
         measure = _config.CONFIG.measure if measure is None else measure
@@ -216,6 +218,11 @@ class ReplaySession(Session[ReplayStream]):
         for number, routes in enumerate(self._prefilled):
             self._append(routes, self._streams, f"microbatches[{number}]")
         self._prefilled = []
+
+    def _close(self) -> None:
+        super()._close()
+        for stream in self._streams:
+            stream.release()
 
     def _end(self) -> None:
         """Every main router must have taken every microbatch, or replay was a no-op in part."""

@@ -595,6 +595,23 @@ def test_routes_for_another_model_are_refused_on_entry(change, text) -> None:
     assert_untouched(model)
 
 
+def test_one_routes_is_not_a_list_of_microbatches() -> None:
+    """A Routes in the place of a list is a mistake that iteration would hide."""
+    model = build()
+    with pytest.raises(r3patch.ReplayError, match="it takes a list, one for each microbatch"):
+        r3patch.replay(model, random_routes(model, 11))
+
+
+def test_a_closed_session_holds_no_device_rows() -> None:
+    """The user may keep the session for its stats: the rows on the device are freed."""
+    model = build()
+    with r3patch.replay(model, [random_routes(model, seed) for seed in (11, 12)]) as session:
+        step(model)
+    (stream,) = session._streams
+    assert [microbatch.on_device for microbatch in stream.microbatches] == [None, None]
+    assert session.stats.total("main").rows_replayed == 2 * 2 * TOKENS
+
+
 def test_missing_error() -> None:
     """missing="error" refuses invalid rows on entry."""
     model = build()
