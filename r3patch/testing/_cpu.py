@@ -136,7 +136,11 @@ def _cuda_stubs() -> Iterator[None]:
             default_stream=lambda *a, **k: _Stream(),
             stream=lambda *a, **k: contextlib.nullcontext(),
         ),
-        _replaced(torch.Tensor, cuda=lambda this, *a, **k: this),
+        _replaced(
+            torch.Tensor,
+            cuda=lambda this, *a, **k: this,
+            record_stream=lambda this, stream: None,
+        ),
         _replaced(torch.nn.Module, cuda=lambda this, *a, **k: this),
     ):
         yield

@@ -1,0 +1,109 @@
+"""Combined 1F1B: Megatron runs parts of layers of two microbatches in turn, past every forward.
+
+Run by torchrun, this file is a rank.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import r3patch
+from r3patch import Routes, testing
+
+EXPERTS, TOPK, TOKENS, MICROBATCHES = 16, 4, 32, 3
+
+
+@pytest.mark.megatron
+@pytest.mark.distributed
+@pytest.mark.slow
+# Before 0.17 the overlap takes MTP with pipeline parallelism only: more than two ranks.
+@pytest.mark.feature("config:mtp_use_repeated_layer")
+def test_overlapped_expert_communication_replays_exactly() -> None:
+    """Router calls that no forward of a layer or model contains get their rows all the same."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            __file__,
+        ],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=150)
+    finally:
+        process.terminate()  # torchrun ends its ranks
+        process.wait(30)
+    assert process.returncode == 0, output[-4000:]
+    assert output.count("every map is what was fed") == 2
+
+
+def forward_step(
+    data: Iterator[dict[str, Any]], model: Any, return_schedule_plan: bool = False
+) -> Any:
+    def mean(loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return loss.float().mean(), {}
+
+    batch = next(data)
+    if not return_schedule_plan:
+        return model(**batch), mean
+    inputs = (batch["input_ids"], batch["position_ids"], batch["attention_mask"])
+    return model.build_schedule_plan(*inputs, labels=batch["labels"]), mean
+
+
+def rank() -> None:
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    chunks = testing.tiny_model(
+        num_moe_experts=EXPERTS,
+        moe_router_topk=TOPK,
+        moe_token_dispatcher_type="alltoall",
+        overlap_moe_expert_parallel_comm=True,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+    )
+    testing.seed_parameters(chunks)
+    maps: dict[tuple[str | None, int | None], list[torch.Tensor]] = {}
+    for info in r3patch.routers(chunks):
+        calls = maps.setdefault((info.scope, info.layer_number), [])
+        info.module.register_forward_hook(
+            lambda module, args, output, calls=calls: calls.append(output[1].clone())
+        )
+    shape, generator = (MICROBATCHES, TOKENS, 2, EXPERTS), torch.Generator().manual_seed(0)
+    fed = torch.rand(shape, generator=generator).topk(TOPK).indices
+    with r3patch.replay(chunks, [Routes(ids, (2, 3), num_experts=EXPERTS) for ids in fed]):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(testing.random_batches(num_microbatches=MICROBATCHES)),
+            model=chunks,
+            num_microbatches=MICROBATCHES,
+            seq_length=16,
+            micro_batch_size=2,
+            forward_only=False,
+        )
+    for column, layer in enumerate((2, 3)):
+        for ids, got in zip(fed[:, :, column], maps["main", layer], strict=True):
+            assert torch.equal(got, torch.zeros_like(got).scatter(1, ids, True))
+    assert len(maps["mtp", 1]) == MICROBATCHES
+    print("every map is what was fed", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with testing.megatron_on_cpu(expert=2):
+        rank()
