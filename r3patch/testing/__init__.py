@@ -13,14 +13,17 @@ that losses can be compared with those of a single process.
 
 from __future__ import annotations
 
+from r3patch.testing._calls import RoutingCall, RoutingCalls
 from r3patch.testing._cpu import megatron_on_cpu
 from r3patch.testing._models import SHAPES, tiny_config, tiny_model
 from r3patch.testing._parallel import seed_parameters
-from r3patch.testing._run import run_ranks
+from r3patch.testing._run import run_ranks, torchrun
 from r3patch.testing._steps import on_this_rank, random_batches, train_step
 
 __all__ = [
     "SHAPES",
+    "RoutingCall",
+    "RoutingCalls",
     "megatron_on_cpu",
     "on_this_rank",
     "random_batches",
@@ -28,5 +31,6 @@ __all__ = [
     "seed_parameters",
     "tiny_config",
     "tiny_model",
+    "torchrun",
     "train_step",
 ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -47,6 +50,32 @@ def run_ranks(
         for child in children:
             child.kill()
             child.join()
+
+
+def torchrun(
+    script: str | os.PathLike[str], *arguments: str, ranks: int = 2, timeout: float = 120.0
+) -> tuple[int, str]:
+    """Run a script by torchrun: its exit status, and the output of all ranks.
+
+    Raises:
+        subprocess.TimeoutExpired: it did not finish in time. The ranks are ended.
+    """
+    package = Path(__file__).parents[2]
+    environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(package)}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    process = subprocess.Popen(
+        [*launcher, f"--nproc-per-node={ranks}", os.fspath(script), *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.terminate()  # not killed: torchrun ends its ranks, which have sessions of their own
+        process.wait(30)
+    return process.returncode, output
 
 
 def _collect(children: list[Any], results: Any, timeout: float) -> list[Any]:

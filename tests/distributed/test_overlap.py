@@ -5,11 +5,7 @@ Run by torchrun, this file is a rank.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,27 +24,8 @@ EXPERTS, TOPK, TOKENS, MICROBATCHES = 16, 4, 32, 3
 @pytest.mark.feature("config:mtp_use_repeated_layer")
 def test_overlapped_expert_communication_replays_exactly() -> None:
     """Router calls that no forward of a layer or model contains get their rows all the same."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            __file__,
-        ],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=150)
-    finally:
-        process.terminate()  # torchrun ends its ranks
-        process.wait(30)
-    assert process.returncode == 0, output[-4000:]
+    status, output = testing.torchrun(__file__, timeout=150)
+    assert status == 0, output[-4000:]
     assert output.count("every map is what was fed") == 2
 
 
@@ -78,12 +55,7 @@ def rank() -> None:
         pipeline_dtype=torch.bfloat16,
     )
     testing.seed_parameters(chunks)
-    maps: dict[tuple[str | None, int | None], list[torch.Tensor]] = {}
-    for info in r3patch.routers(chunks):
-        calls = maps.setdefault((info.scope, info.layer_number), [])
-        info.module.register_forward_hook(
-            lambda module, args, output, calls=calls: calls.append(output[1].clone())
-        )
+    calls = testing.RoutingCalls(chunks)
     shape, generator = (MICROBATCHES, TOKENS, 2, EXPERTS), torch.Generator().manual_seed(0)
     fed = torch.rand(shape, generator=generator).topk(TOPK).indices
     with r3patch.replay(chunks, [Routes(ids, (2, 3), num_experts=EXPERTS) for ids in fed]):
@@ -97,9 +69,12 @@ def rank() -> None:
             forward_only=False,
         )
     for column, layer in enumerate((2, 3)):
-        for ids, got in zip(fed[:, :, column], maps["main", layer], strict=True):
+        maps = [
+            c.routing_map for c in calls if (c.info.scope, c.info.layer_number) == ("main", layer)
+        ]
+        for ids, got in zip(fed[:, :, column], maps, strict=True):
             assert torch.equal(got, torch.zeros_like(got).scatter(1, ids, True))
-    assert len(maps["mtp", 1]) == MICROBATCHES
+    assert sum(call.info.scope == "mtp" for call in calls) == MICROBATCHES
     print("every map is what was fed", flush=True)
 
 

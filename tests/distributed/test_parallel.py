@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -85,32 +84,6 @@ def moe_layers(overrides: dict[str, Any]) -> tuple[int, ...]:
 # The test's side
 
 
-def torchrun(*arguments: str, timeout: float = 200) -> tuple[int, str]:
-    """The exit status and output of two ranks of this file, which are ended by then."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(__file__, *arguments),
-        ],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.terminate()  # torchrun ends its ranks, which have sessions of their own
-        process.wait(30)
-    return process.returncode, output
-
-
 def single_process(overrides: dict[str, Any]) -> dict[str, Any]:
     """Losses under replay and recorded routes, per sample, of the whole model in one process."""
     model_only = ("moe_layer_freq",)
@@ -141,7 +114,7 @@ def as_sets(routes: Routes) -> tuple[tuple[int, ...], torch.Tensor]:
 def test_replay_and_record_on_two_ranks(case: str, tmp_path: Path) -> None:
     """Maps are what was fed, losses and recorded routes those of a single process."""
     sizes, overrides = CASES[case]
-    status, output = torchrun("exact", case, str(tmp_path))
+    status, output = testing.torchrun(__file__, "exact", case, str(tmp_path), timeout=200)
     assert status == 0, output[-6000:]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     want = single_process(overrides)
@@ -172,7 +145,7 @@ def test_replay_and_record_on_two_ranks(case: str, tmp_path: Path) -> None:
 def test_a_wrong_payload_on_one_rank_ends_the_run(fault: str, tmp_path: Path) -> None:
     """The rank raises, and the job ends, instead of waiting in a collective for ever."""
     began = time.monotonic()
-    status, output = torchrun(fault, "pp2", str(tmp_path), timeout=120)
+    status, output = testing.torchrun(__file__, fault, "pp2", str(tmp_path))
     assert status != 0
     assert time.monotonic() - began < 100
     error = "RoutesError: microbatches[0] is top-3" if fault == "topk" else "ReplayError: "
@@ -180,25 +153,6 @@ def test_a_wrong_payload_on_one_rank_ends_the_run(fault: str, tmp_path: Path) ->
 
 
 # A rank's side
-
-
-class Calls(list):
-    """Every routing call: (router info, in backward, grad enabled, input, probs, map)."""
-
-    def __init__(self, chunks: list[torch.nn.Module]) -> None:
-        super().__init__()
-        for info in r3patch.routers(chunks):
-            info.module.register_forward_hook(self._hook(info))
-
-    def _hook(self, info: Any) -> Any:
-        def note(module: Any, args: Any, output: Any) -> None:
-            in_backward = torch._C._current_graph_task_id() != -1
-            probs, routing_map = (t.detach().clone() for t in output)
-            inputs = args[0].detach().clone()
-            grad = torch.is_grad_enabled()
-            self.append((info, in_backward, grad, inputs, probs, routing_map))
-
-        return note
 
 
 @contextlib.contextmanager
@@ -214,7 +168,7 @@ def session(
         yield {"before_forward": lambda chunk, n: opened.feed(placed[n], chunk=chunk)}
 
 
-def check_maps(calls: Calls, placed: list[Routes], recompute: bool) -> int:
+def check_maps(calls: testing.RoutingCalls, placed: list[Routes], recompute: bool) -> int:
     """Main maps are what was fed, in every pass; MTP calls are Megatron's own. How many calls."""
     seen: dict[tuple[int, bool], list[torch.Tensor]] = {}
     for info, in_backward, grad, inputs, probs, routing_map in list(calls):
@@ -253,7 +207,7 @@ def exact(case: str, folder: str) -> None:
         for name, recompute in VARIANTS.items():
             for feed in (False, True):
                 chunks = build(**overrides, **recompute)
-                calls = Calls(chunks)
+                calls = testing.RoutingCalls(chunks)
                 with session(chunks, placed, feed=feed) as arguments:
                     losses = testing.train_step(chunks, batches(), **arguments)
                 checked = check_maps(calls, placed, bool(recompute))

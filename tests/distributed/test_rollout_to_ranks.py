@@ -8,8 +8,6 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,22 +74,8 @@ def payloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_every_token_takes_the_experts_that_one_process_recorded(case: str, payloads: Path) -> None:
     """In every layer and on every rank, padded and packed, from payload to routing map."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(
-        [*torchrun, __file__, case, str(payloads)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        process.terminate()  # torchrun ends its ranks, which have sessions of their own
-        process.wait(30)
-    assert process.returncode == 0, output[-4000:]
+    status, output = r3patch.testing.torchrun(__file__, case, str(payloads), timeout=240)
+    assert status == 0, output[-4000:]
     seen = [json.loads(payloads.with_name(f"{case}-{rank}.json").read_text()) for rank in (0, 1)]
     # Every fed token in every MoE layer, once per rank that holds its layer; EP ranks hold all.
     fed = sum(length - 1 for length in LENGTHS) * 3

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import r3patch
-from r3patch import Routes, _scope, bridges
+from r3patch import Routes, _scope, bridges, testing
 from r3patch.bridges import native
 
 pytestmark = pytest.mark.megatron
@@ -33,8 +33,6 @@ TOKENS = BATCH * LENGTH
 
 @pytest.fixture(scope="module", autouse=True)
 def cpu() -> Iterator[None]:
-    from r3patch import testing
-
     with testing.megatron_on_cpu():
         yield
 
@@ -89,8 +87,6 @@ def verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def build(**overrides: Any) -> torch.nn.Module:
-    from r3patch import testing
-
     config = {"num_layers": 3, "num_moe_experts": EXPERTS, "moe_router_topk": TOPK, **overrides}
     (model,) = testing.tiny_model(**config)
     testing.seed_parameters(model)
@@ -98,8 +94,6 @@ def build(**overrides: Any) -> torch.nn.Module:
 
 
 def loss_of(model: torch.nn.Module, seed: int = 1) -> torch.Tensor:
-    from r3patch import testing
-
     (batch,) = testing.random_batches(
         num_microbatches=1, micro_batch_size=BATCH, seq_length=LENGTH, seed=seed
     )
@@ -115,37 +109,24 @@ def as_map(ids: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(ids), EXPERTS, dtype=torch.bool).scatter(1, ids.long(), True)
 
 
-class Calls(list):
-    """Every routing call: (scope, layer number, grad enabled, input, probs, map)."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        for info in r3patch.routers(model):
-            info.module.register_forward_hook(self._hook(info))
-
-    def _hook(self, info: Any) -> Callable[..., None]:
-        def note(module: Any, args: Any, output: Any) -> None:
-            probs, routing_map = (t.detach().clone() for t in output)
-            inputs = args[0].detach().clone()
-            grad = torch.is_grad_enabled()
-            self.append((info.scope, info.layer_number, grad, inputs, probs, routing_map))
-
-        return note
+class Calls(testing.RoutingCalls):
+    """Every routing call; the maps of a main router by its layer number."""
 
     def maps(self, layer: int) -> list[torch.Tensor]:
-        return [call[-1] for call in self if call[:2] == ("main", layer)]
+        key = ("main", layer)
+        return [c.routing_map for c in self if (c.info.scope, c.info.layer_number) == key]
 
 
 def assert_mtp_is_megatrons_own(calls: Calls) -> None:
     """On the same input and weights, in a model that no manager has seen, to the bit."""
     (plain,) = r3patch.routers(build(), "mtp")
-    seen = [call for call in calls if call[0] == "mtp"]
+    seen = [call for call in calls if call.info.scope == "mtp"]
     assert seen
-    for _, _, grad, inputs, probs, routing_map in seen:
-        with torch.set_grad_enabled(grad):
-            own_probs, own_map = plain.module(inputs)
-        assert torch.equal(own_probs, probs)
-        assert torch.equal(own_map, routing_map)
+    for call in seen:
+        with torch.set_grad_enabled(call.grad_enabled):
+            own_probs, own_map = plain.module(call.input)
+        assert torch.equal(own_probs, call.probs)
+        assert torch.equal(own_map, call.routing_map)
 
 
 def main(model: torch.nn.Module) -> list[Any]:
@@ -468,9 +449,7 @@ def test_verl(verl, verl_first) -> None:
     calls = Calls(model)
     loss_of(model).backward()
     assert torch.equal(calls.maps(2)[0], as_map(ids[0]))
-    seen = [call for call in calls if call[0] == "mtp"]
     with PatchedAway(verl):
-        assert seen
         assert_mtp_is_megatrons_own(calls)
     verl.RouterReplay.router_instances.clear()
 

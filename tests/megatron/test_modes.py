@@ -49,26 +49,9 @@ def batches(count: int = 2) -> list[dict[str, Any]]:
     return testing.random_batches(num_microbatches=count, micro_batch_size=BATCH, seq_length=LENGTH)
 
 
-class Calls(list):
-    """Every routing call: (router info, in backward, grad enabled, input, probs, map)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        for info in r3patch.routers(model):
-            info.module.register_forward_hook(self._hook(info))
-
-    def _hook(self, info: Any) -> Any:
-        def note(module: Any, args: Any, output: Any) -> None:
-            in_backward = torch._C._current_graph_task_id() != -1
-            probs, routing_map = (t.detach().clone() for t in output)
-            grad = torch.is_grad_enabled()
-            inputs = args[0].detach().clone()
-            self.append((info, in_backward, grad, inputs, probs, routing_map))
-
-        return note
-
-
-def assert_exact(calls: Calls, microbatches: list[Routes], *, recompute: bool = False) -> None:
+def assert_exact(
+    calls: testing.RoutingCalls, microbatches: list[Routes], *, recompute: bool = False
+) -> None:
     """Main maps are what was fed, in every pass; every MTP call is Megatron's own, to the bit."""
     seen: dict[tuple[int, bool], list[torch.Tensor]] = {}
     mtp_calls = 0
@@ -94,7 +77,7 @@ def assert_exact(calls: Calls, microbatches: list[Routes], *, recompute: bool = 
 def test_several_mtp_depths(depths: int, recompute: dict[str, Any]) -> None:
     """None of several MTP layers is replayed."""
     model = build(mtp_num_layers=depths, **recompute)
-    calls, microbatches = Calls(model), [foreign(1), foreign(2)]
+    calls, microbatches = testing.RoutingCalls(model), [foreign(1), foreign(2)]
     with r3patch.replay(model, microbatches) as session:
         testing.train_step([model], batches())
     assert_exact(calls, microbatches, recompute=bool(recompute))
@@ -106,7 +89,7 @@ def test_several_mtp_depths(depths: int, recompute: dict[str, Any]) -> None:
 def test_a_repeated_mtp_layer(recompute: dict[str, Any]) -> None:
     """One MTP router that runs once per depth is left alone each time."""
     model = build(mtp_num_layers=2, mtp_use_repeated_layer=True, **recompute)
-    calls, microbatches = Calls(model), [foreign(1), foreign(2)]
+    calls, microbatches = testing.RoutingCalls(model), [foreign(1), foreign(2)]
     with r3patch.replay(model, microbatches) as session:
         testing.train_step([model], batches())
     assert_exact(calls, microbatches, recompute=bool(recompute))
@@ -123,7 +106,7 @@ def test_wrapped_in_ddp_and_float16_module(recompute: dict[str, Any]) -> None:
     config = model.config
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False)
     wrapped = DistributedDataParallel(config, ddp, Float16Module(config, model))
-    calls, microbatches = Calls(wrapped), [foreign(1), foreign(2)]
+    calls, microbatches = testing.RoutingCalls(wrapped), [foreign(1), foreign(2)]
     with r3patch.replay(wrapped) as session:
         testing.train_step(
             [wrapped],
@@ -165,7 +148,10 @@ def test_megatrons_optimizer() -> None:
     wrapped = DistributedDataParallel(model.config, ddp, model)
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0)  # clipping asserts CUDA
     optimizer = get_megatron_optimizer(settings, [wrapped])
-    calls, steps = Calls(wrapped), [[foreign(1), foreign(2)], [foreign(3), foreign(4)]]
+    calls, steps = (
+        testing.RoutingCalls(wrapped),
+        [[foreign(1), foreign(2)], [foreign(3), foreign(4)]],
+    )
     before = model.embedding.word_embeddings.weight.detach().clone()
     for microbatches in steps:
         calls.clear()
@@ -181,7 +167,7 @@ def test_megatrons_optimizer() -> None:
 def test_a_changing_number_of_microbatches_and_forward_only_passes() -> None:
     """Sessions of 1, 3 and 2 microbatches, log-prob passes in between: no cursor survives."""
     model = build(**FULL)
-    calls = Calls(model)
+    calls = testing.RoutingCalls(model)
     for count, forward_only in ((1, False), (3, True), (2, False), (1, True), (3, False)):
         calls.clear()
         microbatches = [foreign(seed) for seed in range(count)]
@@ -202,7 +188,7 @@ def test_a_router_config_changed_between_sessions() -> None:
         r3patch.replay(model, [foreign(1)]).__enter__()
     routes = foreign(1)
     narrow = Routes(routes.experts[..., :2], routes.layers, num_experts=EXPERTS)
-    calls = Calls(model)
+    calls = testing.RoutingCalls(model)
     with r3patch.replay(model, [narrow]):
         testing.train_step([model], batches(1))
     assert_exact(calls, [narrow])

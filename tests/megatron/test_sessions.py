@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import r3patch
-from r3patch import Routes
+from r3patch import Routes, testing
 
 pytestmark = pytest.mark.megatron
 
@@ -48,16 +48,12 @@ EXPERTS, TOPK = 16, 4
 
 @pytest.fixture(scope="module", autouse=True)
 def cpu() -> Iterator[None]:
-    from r3patch import testing
-
     with testing.megatron_on_cpu():
         yield
 
 
 def build(**overrides: Any) -> torch.nn.Module:
     """A small MoE + MTP model; the expert bias is filled, so that it matters."""
-    from r3patch import testing
-
     torch.manual_seed(0)
     config = {"num_layers": 3, "num_moe_experts": EXPERTS, **overrides}
     (model,) = testing.tiny_model(**config)
@@ -126,30 +122,14 @@ def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) ->
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-class Calls(list):
-    """Every routing call: (scope, layer number, in backward, grad enabled, input, probs, map)."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        for info in r3patch.routers(model):
-            info.module.register_forward_hook(self._hook(info))
-
-    def _hook(self, info: r3patch.RouterInfo) -> Callable[..., None]:
-        def note(module: Any, args: Any, output: Any) -> None:
-            in_backward = torch._C._current_graph_task_id() != -1
-            probs, routing_map = (t.detach().clone() for t in output)
-            inputs, grad = args[0].detach().clone(), torch.is_grad_enabled()
-            self.append(
-                (info.scope, info.layer_number, in_backward, grad, inputs, probs, routing_map)
-            )
-
-        return note
+class Calls(testing.RoutingCalls):
+    """Every routing call; the maps of main routers by layer number."""
 
     def main(self, *, in_backward: bool) -> dict[int, list[torch.Tensor]]:
         maps: dict[int, list[torch.Tensor]] = {}
-        for scope, number, backward, *_, routing_map in self:
-            if scope == "main" and backward == in_backward:
-                maps.setdefault(number, []).append(routing_map)
+        for call in self:
+            if call.info.scope == "main" and call.in_backward == in_backward:
+                maps.setdefault(call.info.layer_number, []).append(call.routing_map)
         return maps
 
 
@@ -249,13 +229,13 @@ def test_mtp_is_megatrons_own_to_the_bit(recompute) -> None:
     with r3patch.replay(model, [random_routes(model, 11)]):
         step(model, (1,))
     (info,) = r3patch.routers(model, "mtp")
-    seen = [call for call in calls if call[0] == "mtp"]
+    seen = [call for call in calls if call.info.scope == "mtp"]
     assert seen
-    for *_, grad, inputs, probs, routing_map in seen:
-        with torch.set_grad_enabled(grad):
-            own_probs, own_map = info.module(inputs)
-        assert torch.equal(own_probs, probs)
-        assert torch.equal(own_map, routing_map)
+    for call in seen:
+        with torch.set_grad_enabled(call.grad_enabled):
+            own_probs, own_map = info.module(call.input)
+        assert torch.equal(own_probs, call.probs)
+        assert torch.equal(own_map, call.routing_map)
 
 
 def test_gradients_reach_the_router() -> None:
