@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -40,7 +41,7 @@ class Gate:
         self.open = False
 
 
-class Session(Generic[Stream]):
+class Session(ABC, Generic[Stream]):
     """Entering and leaving: checks, one stream per chunk, one tap per router, restoration."""
 
     kind = ""
@@ -171,18 +172,24 @@ class Session(Generic[Stream]):
 
     # What record and replay do each in their own way.
 
+    @abstractmethod
     def _stream(self, main: list[RouterInfo]) -> Stream:
-        raise NotImplementedError
+        """The data of one chunk, whose main routers these are."""
 
+    @abstractmethod
     def _tap(self, info: RouterInfo, stream: Stream) -> Tap:
-        raise NotImplementedError
+        """What a main router asks."""
 
+    @abstractmethod
     def _after_forward(self, stream: Stream) -> Callable[[Any, Any, Any], None]:
-        raise NotImplementedError
+        """A forward hook for the chunk."""
 
-    def _begin(self) -> None: ...
+    @abstractmethod
+    def _end(self) -> None:
+        """On leaving without an exception: raise if the session did less than it should."""
 
-    def _end(self) -> None: ...
+    def _begin(self) -> None:
+        """On entering, when the taps are in place."""
 
     def _token_codes(self) -> bytes:
         """See ``ReplayStats.tokens``."""
