@@ -84,7 +84,10 @@ def _enabled() -> list[str]:
 def _govern(router: Any) -> None:
     """Called with each router that was given a label; may be called again."""
     for name, manager in _managers():
-        _BRIDGES[name].govern(router, _scope.scope_of(router), manager)
+        try:
+            _BRIDGES[name].govern(router, _scope.scope_of(router), manager)
+        except Exception as error:  # a constructor of Megatron's must not fail by a bridge
+            _refuse(name, f"{type(error).__name__}: {error}")
 
 
 def _managers() -> Iterator[tuple[str, ModuleType]]:
@@ -98,17 +101,22 @@ def _reason(name: str, manager: ModuleType) -> str:
     """Why the manager is left alone: a shape that the bridge does not know."""
     if name not in _checked:
         absent = [path for path in _BRIDGES[name].NEEDS if not _reaches(manager, path)]
-        _checked[name] = f"{manager.__name__} has no {', '.join(absent)}" if absent else ""
         if absent:
-            logger.warning(
-                "r3patch does not govern %s: %s. Its registry may hold MTP routers; is this a "
-                "version that r3patch does not know?",
-                name,
-                _checked[name],
-            )
+            _refuse(name, f"{manager.__name__} has no {', '.join(absent)}")
         else:
+            _checked[name] = ""
             logger.info("r3patch governs %s", manager.__name__)
     return _checked[name]
+
+
+def _refuse(name: str, reason: str) -> None:
+    _checked[name] = reason
+    logger.warning(
+        "r3patch does not govern %s: %s. Its registry may hold MTP routers; is this a version that "
+        "r3patch does not know?",
+        name,
+        reason,
+    )
 
 
 def _reaches(manager: Any, path: str) -> bool:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from r3patch._config import CONFIG
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,11 +39,14 @@ class ManagerTap:
 
 
 def is_free(router: Any) -> bool:
-    """Whether no other foreign manager has the router's extension point: the first one keeps it."""
-    if not isinstance(getattr(router, "router_replay", None), ManagerTap):
-        return True
-    _warn_once("two replay managers are enabled; the first that r3patch finds drives the routers")
-    return False
+    """Whether the router has an extension point that no other foreign manager has taken."""
+    if not hasattr(router, "router_replay"):
+        _warn_once("this Megatron has no extension point for replay (0.16 and newer have it)")
+        return False
+    if isinstance(router.router_replay, ManagerTap):
+        _warn_once("two replay managers are enabled; the first that r3patch finds drives routers")
+        return False
+    return True
 
 
 def attach(router: Any, tap: ManagerTap) -> None:
@@ -52,7 +57,11 @@ def attach(router: Any, tap: ManagerTap) -> None:
     """
     native = sys.modules.get("megatron.core.transformer.moe.router_replay")
     replay = router.router_replay
-    if native is not None and isinstance(replay, native.RouterReplay):
+    if getattr(router.config, "moe_router_fusion", False):
+        _warn_once("moe_router_fusion returns before any replay: the manager's routes are not used")
+    if native is None or CONFIG.native == "leave":
+        pass  # its registry is not ours to touch
+    elif isinstance(replay, native.RouterReplay):
         forget(native.RouterReplay.global_router_replay_instances, replay)
         _warn_once("an enabled replay manager goes before Megatron's own RouterReplay")
     router.router_replay = tap
@@ -75,26 +84,57 @@ def drop_hooks(router: Any, module_name: str) -> None:
         del hooks[key]
 
 
-def shield(router: Any, enter: Callable[[], Callable[[], None]]) -> None:
+class Shield:
     """Around every forward of a router, by exceptions too, keep a manager out of it.
 
     A fork's top-k function asks the manager whatever the router, and finds there what the last
-    main router left. On stock Megatron nothing asks, and the shield has no effect.
+    main router left. On stock Megatron nothing asks, and the shield has no effect. Its hooks are
+    methods rather than closures, so that a model with MTP can still be pickled.
 
     Args:
-        enter: puts the manager to rest and returns what wakes it.
+        rest: a module-level function that puts the manager to rest and returns its stage.
+        wake: a module-level function that gives the manager that stage back.
     """
-    if getattr(router, "_r3_shielded", False):
-        return
-    router._r3_shielded = True
-    wake: list[Callable[[], None]] = []
 
-    def before(module: Any, args: Any) -> None:
-        wake.append(enter())
+    def __init__(self, rest: Callable[[], Any], wake: Callable[[Any], None]) -> None:
+        self._rest, self._wake = rest, wake
+        self._stages: list[Any] = []
 
-    def after(module: Any, args: Any, output: Any) -> None:
-        if wake:
-            wake.pop()()
+    def before(self, router: Any, args: Any) -> None:
+        self._stages.append(self._rest())
 
-    router.register_forward_pre_hook(before)
-    router.register_forward_hook(after, always_call=True)
+    def after(self, router: Any, args: Any, output: Any) -> None:
+        if self._stages:
+            self._wake(self._stages.pop())
+
+    def raise_for(self, router: Any) -> None:
+        """Set it up, once for each manager."""
+        if not _shield_keys(router._forward_pre_hooks, self._rest):
+            router.register_forward_pre_hook(self.before)
+            router.register_forward_hook(self.after, always_call=True)
+
+
+def is_main_again(router: Any, rest: Callable[[], Any], name: str) -> bool:
+    """Whether a router that was "mtp" is "main" now: takes its shield away, and says so."""
+    keys = _shield_keys(router._forward_pre_hooks, rest)
+    for key in keys:
+        del router._forward_pre_hooks[key]
+    for key in _shield_keys(router._forward_hooks, rest):
+        del router._forward_hooks[key]
+        router._forward_hooks_always_called.pop(key, None)
+    if keys:
+        warn_unregistered(name)
+    return bool(keys)
+
+
+def warn_unregistered(name: str) -> None:
+    """A manager fills its streams by position, so a router cannot come back at the end."""
+    _warn_once(
+        f"a router was labelled main again, but {name} does not replay on it: label routers "
+        "before the manager registers them, or rebuild the model"
+    )
+
+
+def _shield_keys(hooks: Any, rest: Callable[[], Any]) -> list[int]:
+    owners = {key: getattr(hook, "__self__", None) for key, hook in hooks.items()}
+    return [k for k, owner in owners.items() if isinstance(owner, Shield) and owner._rest is rest]

@@ -10,10 +10,19 @@ Source: miles/utils/replay_base.py, August 2026.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from r3patch._scope import MTP
-from r3patch.bridges._common import ManagerTap, attach, drop_hooks, forget, is_free, shield
+from r3patch.bridges._common import (
+    ManagerTap,
+    Shield,
+    attach,
+    drop_hooks,
+    forget,
+    is_free,
+    is_main_again,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -35,6 +44,8 @@ def govern(router: Any, scope: str, module: ModuleType) -> None:
     manager = module.routing_replay_manager
     if scope == MTP:
         _exclude(router, manager)
+    elif is_main_again(router, rest, "miles"):
+        return
     elif manager.enabled and not _streams(router, manager) and is_free(router):
         manager.register_to_module(router, ATTRIBUTE)
         attach(router, ManagerTap(lambda topk: manager.get_topk_fn(topk, return_probs=True)))
@@ -59,8 +70,16 @@ def _exclude(router: Any, manager: Any) -> None:
     if isinstance(getattr(router, "router_replay", None), ManagerTap):
         router.router_replay = None  # it was labelled "main" before
 
-    def rest() -> Any:
-        stage, manager.stage = manager.stage, IDLE
-        return lambda: setattr(manager, "stage", stage)
+    Shield(rest, wake).raise_for(router)
 
-    shield(router, rest)
+
+def rest() -> str:
+    """Stop the manager; gives the stage in which it was."""
+    manager = sys.modules[MODULE].routing_replay_manager
+    stage, manager.stage = manager.stage, IDLE
+    return str(stage)
+
+
+def wake(stage: str) -> None:
+    """Give the manager its stage back."""
+    sys.modules[MODULE].routing_replay_manager.stage = stage

@@ -13,7 +13,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from r3patch._scope import MTP
-from r3patch.bridges._common import ManagerTap, attach, drop_hooks, forget, is_free, shield
+from r3patch.bridges._common import (
+    ManagerTap,
+    Shield,
+    attach,
+    drop_hooks,
+    forget,
+    is_free,
+    is_main_again,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,6 +39,8 @@ ENABLE, STAGE, IDLE = "ENABLE_ROUTING_REPLAY", "ROUTING_REPLAY_STAGE", "fallthro
 def govern(router: Any, scope: str, module: ModuleType) -> None:
     if scope == MTP:
         _exclude(router, module)
+    elif is_main_again(router, rest, "slime"):
+        return
     elif _enabled() and not hasattr(router, ATTRIBUTE) and is_free(router):
         module.register_routing_replay(router)
         attach(router, ManagerTap(module.get_routing_replay_compute_topk))
@@ -52,16 +62,19 @@ def _exclude(router: Any, module: ModuleType) -> None:
     if isinstance(getattr(router, "router_replay", None), ManagerTap):
         router.router_replay = None  # it was labelled "main" before
 
-    def rest() -> Any:
-        stage = os.environ.get(STAGE)
-        os.environ[STAGE] = IDLE
+    Shield(rest, wake).raise_for(router)
 
-        def wake() -> None:
-            if stage is None:
-                os.environ.pop(STAGE, None)
-            else:
-                os.environ[STAGE] = stage
 
-        return wake
+def rest() -> str | None:
+    """Stop the manager; gives the stage in which it was, None where the variable was not set."""
+    stage = os.environ.get(STAGE)
+    os.environ[STAGE] = IDLE
+    return stage
 
-    shield(router, rest)
+
+def wake(stage: str | None) -> None:
+    """Give the manager its stage back."""
+    if stage is None:
+        os.environ.pop(STAGE, None)
+    else:
+        os.environ[STAGE] = stage

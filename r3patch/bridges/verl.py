@@ -17,7 +17,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from r3patch._scope import MTP
-from r3patch.bridges._common import forget
+from r3patch.bridges._common import forget, warn_unregistered
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 MODULE = "verl.utils.megatron.router_replay_patch"
 NEEDS = ("RouterReplay.router_instances", "apply_router_replay_patch")
 _ROUTER = "megatron.core.transformer.moe.router"
+_OWN = "r3patch_own_router"
 
 
 def govern(router: Any, scope: str, module: ModuleType) -> None:
     if scope != MTP:
+        if getattr(vars(router).get("routing"), "__module__", "") == _OWN:
+            del router.routing  # it was labelled "mtp" before
+            warn_unregistered("verl")
         return
     replay = getattr(router, "router_replay", None)
     if isinstance(replay, module.RouterReplay):
@@ -47,7 +51,7 @@ def drives(router: Any, module: ModuleType) -> bool:
 def _own_routing() -> Any:
     """``TopKRouter.routing`` as Megatron wrote it: from its file, for verl keeps no original."""
     path = sys.modules[_ROUTER].__file__
-    spec = importlib.util.spec_from_file_location("r3patch_own_router", path)
+    spec = importlib.util.spec_from_file_location(_OWN, path)
     assert spec is not None
     assert spec.loader is not None
     own = importlib.util.module_from_spec(spec)

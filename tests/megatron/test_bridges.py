@@ -7,8 +7,11 @@ native one is Megatron's own.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
+import os
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,7 @@ import torch
 
 import r3patch
 from r3patch import Routes, _scope, bridges, testing
-from r3patch.bridges import native
+from r3patch.bridges import _common, native
 
 pytestmark = pytest.mark.megatron
 
@@ -76,9 +79,12 @@ def slime(monkeypatch: pytest.MonkeyPatch) -> Any:
 def verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from megatron.core.transformer.moe.router import TopKRouter
 
+    r3patch.uninstall()
     before = {name: vars(TopKRouter)[name] for name in ("__init__", "routing")}
+    r3patch.install()
     name = "verl.utils.megatron.router_replay_patch"
     yield load(name, "verl_router_replay_patch.py", monkeypatch)
+    r3patch.uninstall()
     for attribute, value in before.items():
         setattr(TopKRouter, attribute, value)
     if "_router_replay_patched" in vars(TopKRouter):
@@ -530,3 +536,194 @@ def test_the_first_of_two_managers_drives(miles, slime, caplog) -> None:
     build()
     assert len(miles.replays) == 2
     assert slime.RoutingReplay.all_routing_replays == []
+
+
+@pytest.mark.parametrize("name", ["miles", "slime", "verl"])
+def test_a_router_labelled_main_again(name, request, monkeypatch, caplog) -> None:
+    """It is not kept out of replay in silence: nothing of the bridge stays, and a warning says."""
+    _common._warn_once.cache_clear()
+    manager = request.getfixturevalue(name)
+    if name == "verl":
+        manager.apply_router_replay_patch()
+    router = mtp(build())
+    r3patch.label(router, scope="main")
+    assert not router._forward_pre_hooks
+    assert not router._forward_hooks
+    assert "routing" not in vars(router)
+    assert f"{name} does not replay on it" in caplog.text
+
+
+def test_two_managers_are_both_kept_out(miles, slime, monkeypatch) -> None:
+    """An MTP call sees neither manager's stage, where a process has imported both."""
+    router = mtp(build())
+    miles.stage = "replay_forward"
+    monkeypatch.setenv("ROUTING_REPLAY_STAGE", "replay_forward")
+    seen, gating = [], router.gating
+
+    def spied(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append((miles.stage, os.environ["ROUTING_REPLAY_STAGE"]))
+        return gating(hidden)
+
+    monkeypatch.setattr(router, "gating", spied)
+    router(torch.randn(2, 2, router.config.hidden_size))
+    assert seen == [("fallthrough", "fallthrough")]
+    assert (miles.stage, os.environ["ROUTING_REPLAY_STAGE"]) == ("replay_forward",) * 2
+
+
+def test_hooks_on_mtp_routers_pickle(miles, slime) -> None:
+    """A model with MTP is pickled as without r3patch: the hooks are no closures."""
+    router = mtp(build())
+    hooks = [*router._forward_pre_hooks.values(), *router._forward_hooks.values()]
+    assert len(pickle.loads(pickle.dumps(hooks))) == 4
+
+
+@pytest.mark.parametrize("name", ["miles", "slime"])
+def test_a_megatron_without_the_extension_point(name, request, monkeypatch, caplog) -> None:
+    """Before 0.16 nothing would read a stream: none is made, the model is built, and it is said."""
+    _common._warn_once.cache_clear()
+    manager = request.getfixturevalue(name)
+    streams = manager.replays if name == "miles" else manager.RoutingReplay.all_routing_replays
+
+    def old(router: Any) -> None:
+        vars(router).pop("router_replay", None)
+        bridges._govern(router)
+
+    monkeypatch.setattr(_scope, "listeners", [old])
+    with contextlib.suppress(AttributeError):  # the forward of 0.16 and newer is not asked for
+        build()
+    assert streams == []
+    assert "no extension point for replay" in caplog.text
+    assert all(status.state != "failed" for status in bridges.status())
+
+
+def test_native_left_alone_under_miles(miles, registry, monkeypatch) -> None:
+    """R3PATCH_NATIVE=leave holds for an enabled manager, too: the list is as Megatron left it."""
+    left = dataclasses.replace(_common.CONFIG, native="leave")
+    monkeypatch.setattr(_common, "CONFIG", left)
+    monkeypatch.setattr(bridges, "CONFIG", left)
+    build(**NATIVE)
+    assert len(registry) == 3
+
+
+def test_fused_routing_under_a_manager_is_said(miles, caplog) -> None:
+    """The fused kernel returns before the manager is asked, so its routes would not be used."""
+    _common._warn_once.cache_clear()
+    model = build()
+    router = main(model)[0]
+    del router.routing_replay
+    router.router_replay = None
+    miles.replays.clear()
+    router.config.moe_router_fusion = True
+    bridges._govern(router)
+    assert "moe_router_fusion returns before any replay" in caplog.text
+
+
+def test_a_manager_that_raises(miles, monkeypatch, caplog) -> None:
+    """The model is built; the bridge is failed, with the reason, and a warning is there."""
+
+    def changed(*args: Any) -> None:
+        raise TypeError("register_to_module() wants a name")
+
+    monkeypatch.setattr(miles, "register_to_module", changed)
+    build()
+    (status,) = (s for s in bridges.status() if s.name == "miles")
+    assert status.state == "failed"
+    assert "TypeError: register_to_module() wants a name" in status.detail
+    assert "does not govern miles" in caplog.text
+
+
+@RECOMPUTE
+def test_slime_on_its_patch(slime, monkeypatch, recompute) -> None:
+    """With slime's top-k around every call, an MTP call moves no cursor and keeps the stage."""
+    with slime_patch(slime):
+        model = build(**recompute)
+        streams = slime.RoutingReplay.all_routing_replays
+        assert streams == [router.routing_replay for router in main(model)]
+        for stream in streams:
+            stream.top_indices_list += [random_ids(3), random_ids(9)]
+        calls = Calls(model)
+        monkeypatch.setenv("ROUTING_REPLAY_STAGE", "replay_forward")
+        loss = loss_of(model)
+        monkeypatch.setenv("ROUTING_REPLAY_STAGE", "replay_backward")
+        loss.backward()
+        cursors = [(stream.forward_index, stream.backward_index) for stream in streams]
+        assert cursors == [(1, 1 if recompute else 0)] * 2
+        assert os.environ["ROUTING_REPLAY_STAGE"] == "replay_backward"
+    assert torch.equal(calls.maps(2)[0], as_map(random_ids(3)))
+    monkeypatch.setenv("ENABLE_ROUTING_REPLAY", "0")
+    assert_mtp_is_megatrons_own(calls)
+
+
+@contextlib.contextmanager
+def slime_patch(slime: Any) -> Iterator[None]:
+    """What slime's Megatron patch does: registers every router, wraps every top-k."""
+    from megatron.core.transformer.moe import router as module
+
+    topk_function = module.topk_routing_with_score_function
+
+    class Wrapped:
+        def get_replay_topk(self, scores, topk, num_groups, group_topk, default):
+            values, ids = slime.get_routing_replay_compute_topk(default)(
+                scores, topk, num_groups=num_groups, group_topk=group_topk
+            )
+            return values, ids.long()
+
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        constructor(self, *args, **kwargs)
+        slime.register_routing_replay(self)
+
+    @functools.wraps(topk_function)
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        kwargs["router_replay"] = kwargs.get("router_replay") or Wrapped()
+        return topk_function(*args, **kwargs)
+
+    r3patch.uninstall()
+    constructor = module.TopKRouter.__init__  # without ours, which goes on top of slime's
+    module.TopKRouter.__init__ = construct
+    module.topk_routing_with_score_function = routed
+    r3patch.install()
+    try:
+        yield
+    finally:
+        r3patch.uninstall()
+        module.TopKRouter.__init__ = constructor
+        module.topk_routing_with_score_function = topk_function
+        r3patch.install()
+
+
+@pytest.mark.feature(
+    "module:megatron.core.transformer.moe.router_replay:RouterReplay.set_global_static_buffers"
+)
+def test_inference_buffers_have_main_layers(registry) -> None:
+    """The buffer that Megatron's inference engine sets (0.17 and newer) has no MTP column."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    model = build(**NATIVE)
+    buffer = torch.full((TOKENS, 2, TOPK), -1)
+    RouterReplay.set_global_static_buffers(buffer)
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+    loss_of(model)
+    assert (buffer >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["miles", "slime", "verl"])
+def test_an_exception_in_an_mtp_constructor_of_each(name, request, monkeypatch) -> None:
+    """No MTP router stays registered, and the next model is registered as ever."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer as Layer
+
+    manager = request.getfixturevalue(name)
+    if name == "verl":
+        manager.apply_router_replay_patch()
+    streams = {
+        "miles": lambda: manager.replays,
+        "slime": lambda: manager.RoutingReplay.all_routing_replays,
+        "verl": lambda: manager.RouterReplay.router_instances,
+    }[name]
+    before = len(streams())
+    with monkeypatch.context() as patch:
+        patch.setattr(Layer, "__init__", fails_after(Layer.__init__))
+        with pytest.raises(RuntimeError, match="boom"):
+            build()
+    assert len(streams()) == before + 2
+    build()
+    assert len(streams()) == before + 4
