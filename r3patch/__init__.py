@@ -52,16 +52,18 @@ from r3patch._errors import (
     UnsupportedMegatronError,
     UnsupportedRoutingError,
 )
-from r3patch._megatron import RouterInfo, label, moe_layers, routers, verify
-from r3patch._patch import Status, TargetStatus, install, status, uninstall
-from r3patch._scope import building, scope_of
+from r3patch._install import Status, TargetStatus, install, status, uninstall
+from r3patch.labels.layers import moe_layers
+from r3patch.labels.model import RouterInfo, label, routers, verify
+from r3patch.labels.scope import building, scope_of
 
 if TYPE_CHECKING:
     from r3patch import bridges, metrics, testing
-    from r3patch.layout import Layout
-    from r3patch.manager import ReplayManager, ReplayStats, record, replay
-    from r3patch.rollout import decode
-    from r3patch.routes import Routes
+    from r3patch.observe.stats import ReplayStats
+    from r3patch.rows.decode import decode
+    from r3patch.rows.layout import Layout
+    from r3patch.rows.routes import Routes
+    from r3patch.sessions.manager import ReplayManager, record, replay
 
     __version__: str
 
@@ -101,19 +103,19 @@ __all__ = [
 
 # These need torch, so they are loaded when they are first asked for.
 _HOMES = {
-    "Layout": "layout",
-    "ReplayManager": "manager",
-    "ReplayStats": "manager",
-    "Routes": "routes",
-    "decode": "rollout",
-    "record": "manager",
-    "replay": "manager",
+    "Layout": "rows.layout",
+    "ReplayManager": "sessions.manager",
+    "ReplayStats": "observe.stats",
+    "Routes": "rows.routes",
+    "decode": "rows.decode",
+    "record": "sessions.manager",
+    "replay": "sessions.manager",
 }
 _SUBMODULES = ("bridges", "metrics", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module, metadata
+    from importlib import import_module
 
     value: Any
     if name in _HOMES:
@@ -121,10 +123,9 @@ def __getattr__(name: str) -> Any:
     elif name in _SUBMODULES:
         value = import_module(f"r3patch.{name}")
     elif name == "__version__":
-        try:
-            value = metadata.version("r3patch")
-        except metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
-            value = "0+unknown"
+        from r3patch._version import version
+
+        value = version()
     else:
         raise AttributeError(f"module 'r3patch' has no attribute {name!r}")
     globals()[name] = value

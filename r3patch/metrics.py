@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.routes import Routes
+from r3patch.rows.routes import Routes
 
 __all__ = [
     "ExpertLoad",

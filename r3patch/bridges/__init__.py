@@ -15,9 +15,9 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from r3patch import _scope
 from r3patch._config import CONFIG
 from r3patch.bridges import miles, native, slime, verl
+from r3patch.labels import scope as scopes
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -41,14 +41,14 @@ class BridgeStatus(NamedTuple):
 
 def install() -> None:
     """Govern routers from now on. Called by ``r3patch.install``; safe to call again."""
-    if _govern not in _scope.listeners:
-        _scope.listeners.append(_govern)
+    if _govern not in scopes.listeners:
+        scopes.listeners.append(_govern)
 
 
 def uninstall() -> None:
     """Leave routers that are built from now on to their managers."""
-    if _govern in _scope.listeners:
-        _scope.listeners.remove(_govern)
+    if _govern in scopes.listeners:
+        scopes.listeners.remove(_govern)
 
 
 def status() -> list[BridgeStatus]:
@@ -67,7 +67,7 @@ def driver(router: Any) -> str | None:
 
 def _state(name: str) -> tuple[str, str]:
     module = _BRIDGES[name].MODULE
-    if name not in _enabled() or _govern not in _scope.listeners:
+    if name not in _enabled() or _govern not in scopes.listeners:
         variable = "R3PATCH_NATIVE" if name == "native" else "R3PATCH_BRIDGES"
         return "disabled", f"{variable}, or r3patch is not installed"
     manager = sys.modules.get(module)
@@ -85,7 +85,7 @@ def _govern(router: Any) -> None:
     """Called with each router that was given a label; may be called again."""
     for name, manager in _managers():
         try:
-            _BRIDGES[name].govern(router, _scope.scope_of(router), manager)
+            _BRIDGES[name].govern(router, scopes.scope_of(router), manager)
         except Exception as error:  # a constructor of Megatron's must not fail by a bridge
             _refuse(name, f"{type(error).__name__}: {error}")
 

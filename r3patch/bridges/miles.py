@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from r3patch._scope import MTP
 from r3patch.bridges._common import (
     ManagerTap,
     Shield,
@@ -23,6 +22,7 @@ from r3patch.bridges._common import (
     is_free,
     is_main_again,
 )
+from r3patch.labels.scope import MTP
 
 if TYPE_CHECKING:
     from types import ModuleType

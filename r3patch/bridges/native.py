@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from r3patch._scope import MTP
 from r3patch.bridges._common import forget
+from r3patch.labels.scope import MTP
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from r3patch.routes import Routes
+    from r3patch.rows.routes import Routes
 
 MODULE = "megatron.core.transformer.moe.router_replay"
 NEEDS = ("RouterReplay.global_router_replay_instances",)
@@ -53,13 +53,13 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
     """
     import torch
 
-    from r3patch import _megatron
     from r3patch._errors import ReplayError
-    from r3patch._scope import MAIN
-    from r3patch._stream import Microbatch, layer_of
-    from r3patch.manager import check_routes
+    from r3patch.labels.model import routers
+    from r3patch.labels.scope import MAIN
+    from r3patch.sessions._stream import Microbatch, layer_of
+    from r3patch.sessions.manager import check_routes
 
-    infos = _megatron.routers(model, MAIN)
+    infos = routers(model, MAIN)
     check_routes(routes, infos, "drive()", missing="error" if missing == "error" else "live")
     bare = [i.name for i in infos if not hasattr(i.module.router_replay, "set_target_indices")]
     if bare or not infos:

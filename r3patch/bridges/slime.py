@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from r3patch._scope import MTP
 from r3patch.bridges._common import (
     ManagerTap,
     Shield,
@@ -22,6 +21,7 @@ from r3patch.bridges._common import (
     is_free,
     is_main_again,
 )
+from r3patch.labels.scope import MTP
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -16,8 +16,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from r3patch._scope import MTP
 from r3patch.bridges._common import forget, warn_unregistered
+from r3patch.labels.scope import MTP
 
 if TYPE_CHECKING:
     from types import ModuleType

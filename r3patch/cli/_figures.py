@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from r3patch.cli._history import History, gap_series
 from r3patch.cli._terminal import need
+from r3patch.observe.history import History, gap_series
 
 _WIDTH, _HEIGHT = 5.2, 3.2  # inches
 _INK, _GRID, _VOID = "#22262b", "#d9dce0", "#eceef0"

@@ -61,14 +61,3 @@ def plain(text: str) -> str:
 def paragraph(text: str) -> Any:
     """Text as it is, without markup, indented and followed by an empty line."""
     return need("rich.padding", "cli").Padding(need("rich.text", "cli").Text(text), (0, 0, 1, 2))
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Ascending numbers with runs put together: 2, 4-61."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)

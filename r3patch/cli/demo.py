@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     need("megatron.core", "demo")
     need("matplotlib", "report")
     from r3patch import testing
-    from r3patch.cli import _history, report
+    from r3patch.cli import report
+    from r3patch.observe import history as histories
 
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder, testing.megatron_on_cpu():
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         steps = _experiment(args, console, trace)
         console.print(_table(steps))
         console.print(paragraph(_reading(steps)))
-        history = _history.load([str(trace)])
+        history = histories.load([str(trace)])
         page = report.page(history, "r3patch demo: one policy step")
         Path(args.output).write_text(page, encoding="utf-8")
     console.print(paragraph(f"{args.output} is the report of the second column."))

@@ -13,10 +13,12 @@ from importlib import import_module, metadata, util
 from typing import Any
 
 import r3patch
-from r3patch import _config, _megatron
+from r3patch import _config
 from r3patch._errors import R3PatchError
-from r3patch._scope import MAIN
 from r3patch.cli._terminal import console, paragraph, plain, table
+from r3patch.labels.model import routers, verify
+from r3patch.labels.scope import MAIN
+from r3patch.labels.targets import TARGETS
 
 #: Frameworks by their module, with the distribution that installs it.
 FRAMEWORKS = {
@@ -121,11 +123,11 @@ def examine(model: str | None = None, *, cpu: bool = False) -> Examination:
 def _examine_megatron(seen: Examination) -> None:
     """Import what is patched: a target nobody imported says "pending", which answers nothing."""
     try:
-        for module in dict.fromkeys(target.module for target in _megatron.TARGETS):
+        for module in dict.fromkeys(target.module for target in TARGETS):
             import_module(module)
-        from r3patch import _support
+        from r3patch.sessions import _preflight
 
-        _support.require_extension_point()
+        _preflight.require_extension_point()
     except R3PatchError as error:
         seen.find("error", "Megatron", error)
     except Exception as error:  # whatever a broken installation raises is what we are here to say
@@ -152,10 +154,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _examine_model(seen: Examination, spec: str, cpu: bool) -> None:
-    from r3patch import _support
+    from r3patch.sessions import _preflight
 
     model = _build(spec, cpu)
-    infos = _megatron.routers(model)
+    infos = routers(model)
     columns = sorted({i.layer_number for i in infos if i.scope == MAIN and i.layer_number})
     seen.routers = [
         {
@@ -174,10 +176,10 @@ def _examine_model(seen: Examination, spec: str, cpu: bool) -> None:
             "error", spec, "the model has no router in scope main: there is nothing to replay"
         )
     try:
-        _megatron.verify(model)
+        verify(model)
     except R3PatchError as error:
         seen.find("error", type(error).__name__, error)
-    for problem in _support.problems(model):
+    for problem in _preflight.problems(model):
         seen.find(problem.level, f"{problem.name}: {problem.setting}", problem.text)
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r3patch._errors import R3PatchError
-from r3patch.cli._terminal import console, need, paragraph, plain, spans, table
+from r3patch.cli._terminal import console, need, paragraph, plain, table
+from r3patch.observe.history import spans
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from r3patch.metrics import RouteMismatch
-    from r3patch.routes import Routes
+    from r3patch.rows.routes import Routes
 
 _BLOCKS = "·▁▂▃▄▅▆▇█"
 
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 def load(path: str, args: argparse.Namespace) -> Routes:
     """Routes from a file of any kind that `add_arguments` names, told apart by content."""
-    from r3patch.rollout import decode
-    from r3patch.routes import Routes
+    from r3patch.rows.decode import decode
+    from r3patch.rows.routes import Routes
 
     data = Path(path).read_bytes()
     if data[:2] == b"PK":  # a zip archive, which torch.save writes
@@ -225,7 +226,7 @@ def shifts(a: Routes, b: Routes, found: RouteMismatch | None = None) -> Iterator
 
 def _overlap_by_layer_shift(a: Routes, b: Routes, by: int) -> float:
     from r3patch.metrics import route_mismatch
-    from r3patch.routes import Routes
+    from r3patch.rows.routes import Routes
 
     layers = sorted(a.layers)
     if abs(by) >= len(layers):

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from r3patch.cli._figures import Figure, figures
-from r3patch.cli._history import Check, History, checks, gap_series, load, other_notes
+from r3patch.observe.history import Check, History, checks, gap_series, load, other_notes
 
 _MARKS = {True: ("good", "✓", "yes"), False: ("bad", "✗", "no"), None: ("unknown", "-", "unknown")}
 _MAX_ERRORS = 50

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from r3patch import _megatron
+from r3patch.labels.model import RouterInfo, routers
 
 
 class RoutingCall(NamedTuple):
     """One call of a router, its tensors copied."""
 
-    info: _megatron.RouterInfo
+    info: RouterInfo
     in_backward: bool  # a recompute
     grad_enabled: bool
     input: torch.Tensor  # [s, b, hidden]
@@ -31,10 +31,10 @@ class RoutingCalls(list[RoutingCall]):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        for info in _megatron.routers(model):
+        for info in routers(model):
             info.module.register_forward_hook(self._hook(info))
 
-    def _hook(self, info: _megatron.RouterInfo) -> Any:
+    def _hook(self, info: RouterInfo) -> Any:
         def note(module: Any, args: Any, output: Any) -> None:
             in_backward = torch._C._current_graph_task_id() != -1
             tensors = (args[0], *output)

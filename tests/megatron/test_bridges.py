@@ -22,8 +22,9 @@ import pytest
 import torch
 
 import r3patch
-from r3patch import Routes, _scope, bridges, testing
+from r3patch import Routes, bridges, testing
 from r3patch.bridges import _common, native
+from r3patch.labels import scope as _scope
 
 pytestmark = pytest.mark.megatron
 

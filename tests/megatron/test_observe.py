@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import r3patch
-from r3patch import Routes, _config, _trace, cli
-from r3patch.cli._history import Check, History, checks, load
+from r3patch import Routes, _config, cli
 from r3patch.metrics import policy_gap
+from r3patch.observe import trace as writer
+from r3patch.observe.history import Check, History, checks, load
 
 pytestmark = pytest.mark.megatron
 
@@ -35,7 +36,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Histo
     """Switches the trace on; called, it gives what the sessions so far have written."""
     base = str(tmp_path / "run.jsonl")
     monkeypatch.setattr(_config, "CONFIG", dataclasses.replace(_config.CONFIG, trace=base))
-    monkeypatch.setattr(_trace, "_silenced", False)
+    monkeypatch.setattr(writer, "_silenced", False)
     return lambda: load([base])
 
 

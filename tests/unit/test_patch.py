@@ -135,7 +135,7 @@ def test_a_subclass_is_labelled_once(fresh: Fresh) -> None:
         from megatron.core.transformer.moe.router import InferenceTopKRouter
         import r3patch
         given = []
-        r3patch._scope.listeners.append(given.append)
+        r3patch.labels.scope.listeners.append(given.append)
         router = InferenceTopKRouter(None)
         assert given == [router]
         """
@@ -191,7 +191,7 @@ def test_somebody_elses_wrapper_on_top_survives(fresh: Fresh, on_top: str) -> No
         from megatron.core.transformer.moe.router import TopKRouter
         calls, given = [], []
         {ON_TOP[on_top]}
-        r3patch._scope.listeners.append(given.append)
+        r3patch.labels.scope.listeners.append(given.append)
         top = vars(TopKRouter)["__init__"]
         assert probe.states()[0] == "installed"
         assert "somebody" in r3patch.status().targets[0].detail or {on_top!r} == "plain function"
@@ -267,7 +267,7 @@ def test_a_half_imported_module_is_reported_and_can_be_repaired(
         """,
         first=tmp_path,
     )
-    assert "WARNING:r3patch._patch:r3patch could not patch " in log
+    assert "WARNING:r3patch.labels.patch:r3patch could not patch " in log
 
 
 SHAPES = {
@@ -301,7 +301,7 @@ def test_an_unknown_shape_fails_loudly_and_lets_the_import_pass(fresh: Fresh, sh
         assert "megatron-core 0.19.2" in status.detail
         """
     )
-    assert "WARNING:r3patch._patch:r3patch could not patch " in log
+    assert "WARNING:r3patch.labels.patch:r3patch could not patch " in log
 
 
 def test_a_module_is_patched_wholly_or_not_at_all(fresh: Fresh, tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_one_info_line_for_each_target(fresh: Fresh) -> None:
         r3patch.install()
         """
     )
-    assert log.count("INFO:r3patch._patch:r3patch wraps the constructor of megatron.core.") == 3
+    assert log.count("INFO:r3patch.labels.patch:r3patch wraps the constructor of megatron.") == 3
 
 
 def test_a_hook_that_raises_is_kept_for_status(fresh: Fresh) -> None:
@@ -432,7 +432,7 @@ def test_a_hook_that_raises_is_kept_for_status(fresh: Fresh) -> None:
         import r3patch, probe
         def hook(module):
             raise KeyError("no such manager")
-        r3patch._patch.when_imported("megatron.core.models", hook)
+        r3patch.labels.patch.when_imported("megatron.core.models", hook)
         model = probe.build()
         assert r3patch.status().targets[-1] == (
             "megatron.core.models", "failed", "KeyError: 'no such manager'")
@@ -444,4 +444,4 @@ def test_a_hook_that_raises_is_kept_for_status(fresh: Fresh) -> None:
             raise AssertionError("verify passed")
         """
     )
-    assert "WARNING:r3patch._patch:r3patch could not patch megatron.core.models" in log
+    assert "WARNING:r3patch.labels.patch:r3patch could not patch megatron.core.models" in log

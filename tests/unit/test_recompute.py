@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from r3patch import ReplayError
-from r3patch._recompute import CallLog, in_backward
+from r3patch.sessions._recompute import CallLog, in_backward
 
 
 class Router(torch.nn.Module):

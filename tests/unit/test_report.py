@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from r3patch import R3PatchError, ReplayError, Routes, _config, _trace, cli
-from r3patch.cli._history import Check, History, checks, gap_series, load
+from r3patch import R3PatchError, ReplayError, Routes, _config, cli
 from r3patch.metrics import expert_load, policy_gap, route_mismatch
-from r3patch.stats import ReplayStats, RouterStats
+from r3patch.observe import trace as writer
+from r3patch.observe.history import Check, History, checks, gap_series, load
+from r3patch.observe.stats import ReplayStats, RouterStats
 
 LAYERS, NUM_TOKENS, NUM_EXPERTS, TOPK = (2, 3, 4, 5), 64, 16, 4
 STEPS = range(6)
@@ -83,15 +84,15 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hist
     """Writes sessions through the library's own writer, and reads them back."""
     base = tmp_path / "run.jsonl"
     monkeypatch.setattr(_config, "CONFIG", dataclasses.replace(_config.CONFIG, trace=str(base)))
-    monkeypatch.setattr(_trace, "_silenced", False)
+    monkeypatch.setattr(writer, "_silenced", False)
 
     def write(sessions: list[dict[str, Any]]) -> History:
         for session in sessions:
             session = dict(session)
             rank = session.pop("rank", 0)
-            monkeypatch.setattr(_trace, "_rank", lambda rank=rank: rank)
-            monkeypatch.setattr(_trace, "_process", session.pop("process", "first"))
-            _trace.write(_trace.session(session.pop("kind", "replay"), **session))
+            monkeypatch.setattr(writer, "_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(writer, "_process", session.pop("process", "first"))
+            writer.write(writer.session(session.pop("kind", "replay"), **session))
         return load([str(base)])
 
     return write
@@ -226,9 +227,9 @@ def test_recompute_that_routes_otherwise_is_a_bad_answer(trace: Callable[..., Hi
             for router in stats(0, rollout(0)).routers
         )
         history = History()
-        from r3patch.cli import _history
+        from r3patch.observe import history as _history
 
-        record = _trace.session("replay", step=0, stats=ReplayStats(routers))
+        record = writer.session("replay", step=0, stats=ReplayStats(routers))
         head = {"time": 0, "process": "p", "rank": 0}
         _history._gather(history, [json.loads(json.dumps({**head, **record}))])
         return answers(history)[RECOMPUTED].good

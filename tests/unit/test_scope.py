@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from r3patch import UnlabelledRouterError, _scope, building, scope_of
+from r3patch import UnlabelledRouterError, building, scope_of
+from r3patch.labels import scope as _scope
 
 Fresh = Callable[..., str]
 
@@ -155,7 +156,7 @@ def test_a_constructor_that_raises_inside_an_mtp_block(fresh: Fresh) -> None:
         from megatron.core.transformer.moe.router import TopKRouter
         born = []
         def breaks(config, **kwargs):
-            if r3patch._scope.current() == "mtp":
+            if r3patch.labels.scope.current() == "mtp":
                 born.append(weakref.ref(TopKRouter(config)))
                 raise RuntimeError("out of memory")
             return MoELayer(config)
@@ -167,7 +168,7 @@ def test_a_constructor_that_raises_inside_an_mtp_block(fresh: Fresh) -> None:
             raise AssertionError("did not raise")
         assert r3patch.scope_of(TopKRouter(None)) == "main"
         gc.collect()
-        assert born[0]() is None and not r3patch._scope._unscoped_births
+        assert born[0]() is None and not r3patch.labels.scope._unscoped_births
         """
     )
 
@@ -188,7 +189,7 @@ def test_a_builder_in_a_thread_pool(fresh: Fresh) -> None:
         THREADED_MLP
         + """
         given = []
-        r3patch._scope.listeners.append(lambda r: given.append((id(r), r.r3_scope)))
+        r3patch.labels.scope.listeners.append(lambda r: given.append((id(r), r.r3_scope)))
         model = probe.build(mlp=threaded)
         infos = r3patch.verify(model)
         assert [i.scope for i in infos] == ["main", "main", "mtp", "mtp"]
@@ -228,7 +229,7 @@ def test_a_decoder_built_while_an_mtp_constructor_waits(fresh: Fresh) -> None:
         + """
         other = []
         def slow(config, **kwargs):
-            if r3patch._scope.current() == "mtp" and not other:
+            if r3patch.labels.scope.current() == "mtp" and not other:
                 other.append(None)
                 other[0] = pool.submit(probe.build).result()
             return MoELayer(config, **kwargs)
@@ -462,11 +463,12 @@ def test_listeners_can_stop_a_construction(fresh: Fresh) -> None:
         def listener(router):
             if router.r3_scope == "mtp":
                 raise r3patch.UnsupportedRoutingError("no")
-        r3patch._scope.listeners.append(listener)
+        r3patch.labels.scope.listeners.append(listener)
         try:
             probe.build()
         except r3patch.UnsupportedRoutingError as error:
             assert str(error).startswith("no when instantiating TransformerLayer"), error
-        assert r3patch._scope.current() == "main" and not r3patch._scope._unscoped_births
+        from r3patch.labels import scope
+        assert scope.current() == "main" and not scope._unscoped_births
         """
     )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3patch import RoutesError
-from r3patch._spread import spread_rows
+from r3patch.rows.spread import spread_rows
 
 
 @st.composite

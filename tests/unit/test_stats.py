@@ -7,7 +7,7 @@ import json
 import pytest
 
 from r3patch import ReplayError, ReplayStats
-from r3patch.stats import RouterStats
+from r3patch.observe.stats import RouterStats
 
 
 def router(layer: int, scope: str = "main", **counts: int) -> RouterStats:

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from r3patch import R3PatchError, Routes, _config, _trace
+from r3patch import R3PatchError, Routes, _config
 from r3patch.metrics import expert_load, policy_gap
-from r3patch.stats import ReplayStats, RouterStats
+from r3patch.observe import trace
+from r3patch.observe.stats import ReplayStats, RouterStats
 
 ROOT = Path(__file__).parents[2]
 FORMAT = ROOT / "docs" / "observe.md"
@@ -33,7 +34,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base = tmp_path / "runs" / "run.jsonl"
     config = dataclasses.replace(_config.CONFIG, trace=str(base))
     monkeypatch.setattr(_config, "CONFIG", config)
-    monkeypatch.setattr(_trace, "_silenced", False)
+    monkeypatch.setattr(trace, "_silenced", False)
     return base.with_name("run.rank0.jsonl")
 
 
@@ -81,8 +82,8 @@ def test_nothing_is_written_without_a_path(tmp_path: Path, monkeypatch: pytest.M
     """The default is off."""
     monkeypatch.setattr(_config, "CONFIG", dataclasses.replace(_config.CONFIG, trace=None))
     monkeypatch.chdir(tmp_path)
-    assert not _trace.enabled()
-    _trace.write(_trace.session("replay"))
+    assert not trace.enabled()
+    trace.write(trace.session("replay"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,13 +93,13 @@ def test_a_record_holds_what_the_session_did(path: Path) -> None:
     load = expert_load(Routes([[[0, 2]], [[1, 2]]], (2,), num_experts=3))
     error = ValueError("x" * 10_000)
     notes = gap.as_dict()
-    _trace.write(
-        _trace.session(
+    trace.write(
+        trace.session(
             "replay", step=7, stats=some_stats(), notes=notes, expert_load=load, error=error
         )
     )
 
-    (record,), broken = _trace.read(path)
+    (record,), broken = trace.read(path)
 
     assert broken == 0
     assert (record["schema"], record["rank"], record["kind"], record["step"]) == (1, 0, "replay", 7)
@@ -111,14 +112,14 @@ def test_a_record_holds_what_the_session_did(path: Path) -> None:
     assert record["notes"]["mean_abs"] == 0.25
     assert record["expert_load"]["real"] == [[1, 1, 2]]
     assert record["error"]["type"] == "ValueError"
-    assert len(record["error"]["text"]) == _trace.MAX_ERROR_CHARACTERS
+    assert len(record["error"]["text"]) == trace.MAX_ERROR_CHARACTERS
     assert record["versions"]["torch"] == torch.__version__
 
 
 def test_every_field_is_in_the_documented_table(path: Path) -> None:
     """docs/observe.md names the fields of a record and of a router, no more and no fewer."""
-    _trace.write(_trace.session("replay", stats=some_stats()))
-    (record,), _ = _trace.read(path)
+    trace.write(trace.session("replay", stats=some_stats()))
+    (record,), _ = trace.read(path)
     tables = re.findall(r"(?:^\|.*\n)+", FORMAT.read_text(), re.MULTILINE)
     documented = [re.findall(r"^\| `(\w+)`", table, re.MULTILINE) for table in tables]
     assert [*record, "dropped"] in documented
@@ -128,8 +129,8 @@ def test_every_field_is_in_the_documented_table(path: Path) -> None:
 def test_a_record_is_one_write_of_a_whole_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One system call per record, so that a crash leaves the whole of it or nothing."""
     written: list[bytes] = []
-    monkeypatch.setattr(_trace.os, "write", lambda file, data: (written.append(data), len(data))[1])
-    _trace.write(_trace.session("replay", stats=some_stats()))
+    monkeypatch.setattr(trace.os, "write", lambda file, data: (written.append(data), len(data))[1])
+    trace.write(trace.session("replay", stats=some_stats()))
     assert len(written) == 1
     assert written[0].endswith(b"\n")
     assert written[0].count(b"\n") == 1
@@ -138,7 +139,7 @@ def test_a_record_is_one_write_of_a_whole_line(path: Path, monkeypatch: pytest.M
 def test_nan_and_infinity_are_text_that_any_json_reader_takes(path: Path) -> None:
     """NaN is no JSON, and null would hide that a run blew up."""
     notes = {"mean_abs": math.nan, "k1": math.inf, "k3": -math.inf}
-    _trace.write(_trace.session("replay", notes=notes))
+    trace.write(trace.session("replay", notes=notes))
     record = strict(path.read_text())
     assert record["notes"] == {"mean_abs": "nan", "k1": "inf", "k3": "-inf"}
     assert math.isnan(float(record["notes"]["mean_abs"]))
@@ -147,20 +148,20 @@ def test_nan_and_infinity_are_text_that_any_json_reader_takes(path: Path) -> Non
 def test_each_rank_writes_its_own_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """run.jsonl becomes run.rank0.jsonl, run.rank1.jsonl, ..."""
     for rank in (0, 1, 11):
-        monkeypatch.setattr(_trace, "_rank", lambda rank=rank: rank)
-        _trace.write(_trace.session("record"))
+        monkeypatch.setattr(trace, "_rank", lambda rank=rank: rank)
+        trace.write(trace.session("record"))
     names = sorted(file.name for file in path.parent.iterdir())
     assert names == ["run.rank0.jsonl", "run.rank1.jsonl", "run.rank11.jsonl"]
-    assert _trace.read(path.with_name("run.rank11.jsonl"))[0][0]["rank"] == 11
+    assert trace.read(path.with_name("run.rank11.jsonl"))[0][0]["rank"] == 11
 
 
 def test_a_record_after_a_cut_line_is_whole(path: Path) -> None:
     """What a full disk cut short spoils itself and nothing that follows."""
-    _trace.write(_trace.session("replay", step=1))
+    trace.write(trace.session("replay", step=1))
     with path.open("ab") as file:
         file.write(b'{"schema":1,"time":')
-    _trace.write(_trace.session("replay", step=2))
-    records, broken = _trace.read(path)
+    trace.write(trace.session("replay", step=2))
+    records, broken = trace.read(path)
     assert [record["step"] for record in records] == [1, 2]
     assert broken == 1
 
@@ -171,10 +172,10 @@ def test_lines_are_whole_after_a_kill(
     """A process killed in the middle of its writing leaves whole lines."""
     process = child(
         """
-        from r3patch import _trace
-        record = _trace.session("replay", notes={f"note_{i}": i / 7 for i in range(5000)})
+        from r3patch.observe import trace
+        record = trace.session("replay", notes={f"note_{i}": i / 7 for i in range(5000)})
         for step in range(10**9):
-            _trace.write({**record, "step": step})
+            trace.write({**record, "step": step})
             if step == 3: print("going", flush=True)
         """
     )
@@ -194,13 +195,13 @@ def test_processes_that_share_a_file_do_not_mix_lines(
 ) -> None:
     """Ranks that do not know their rank yet append to one file; each line stays whole."""
     code = """
-        from r3patch import _trace
-        record = _trace.session("replay", notes={f"note_{i}": i / 7 for i in range(2000)})
-        for step in range(40): _trace.write({**record, "step": step})
+        from r3patch.observe import trace
+        record = trace.session("replay", notes={f"note_{i}": i / 7 for i in range(2000)})
+        for step in range(40): trace.write({**record, "step": step})
         """
     for process in [child(code) for _ in range(3)]:
         assert process.wait(60) == 0
-    records, broken = _trace.read(tmp_path / "run.rank0.jsonl")
+    records, broken = trace.read(tmp_path / "run.rank0.jsonl")
     assert (len(records), broken) == (120, 0)
     assert len({record["process"] for record in records}) == 3
 
@@ -209,14 +210,16 @@ def test_a_full_file_ends_with_a_line_that_says_so(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The bound is kept but for that last line, and the log tells once."""
-    monkeypatch.setattr(_trace, "MAX_FILE_BYTES", 2000)
+    monkeypatch.setattr(trace, "MAX_FILE_BYTES", 2000)
     for step in range(50):
-        _trace.write(_trace.session("replay", step=step))
-    records, _ = _trace.read(path)
+        trace.write(trace.session("replay", step=step))
+    records, _ = trace.read(path)
     assert [record["kind"] for record in records[-2:]] == ["replay", "truncated"]
     assert records[-1]["max_bytes"] == 2000
     assert path.stat().st_size < 2300
-    assert [r.levelno for r in caplog.records if r.name == "r3patch._trace"] == [logging.WARNING]
+    assert [r.levelno for r in caplog.records if r.name == "r3patch.observe.trace"] == [
+        logging.WARNING
+    ]
 
 
 def test_a_long_line_loses_its_largest_parts_by_name(
@@ -224,11 +227,11 @@ def test_a_long_line_loses_its_largest_parts_by_name(
 ) -> None:
     """A line never exceeds its bound, and what is missing is named in it."""
     load = expert_load(Routes([[[0, 999]]], (1,), num_experts=1000))
-    monkeypatch.setattr(_trace, "MAX_LINE_BYTES", 3000)
-    _trace.write(_trace.session("replay", stats=some_stats(), expert_load=load))
+    monkeypatch.setattr(trace, "MAX_LINE_BYTES", 3000)
+    trace.write(trace.session("replay", stats=some_stats(), expert_load=load))
     notes = {f"note_{i}": float(i) for i in range(500)}
-    _trace.write(_trace.session("replay", stats=some_stats(), notes=notes))
-    first, second = _trace.read(path)[0]
+    trace.write(trace.session("replay", stats=some_stats(), notes=notes))
+    first, second = trace.read(path)[0]
     assert first["expert_load"] is None
     assert first["dropped"] == ["expert_load"]
     assert len(first["routers"]) == 2
@@ -243,8 +246,8 @@ def test_a_trace_that_cannot_be_written_is_logged_once_and_stops_nothing(
     path.parent.mkdir()
     path.mkdir()  # a directory where the file should be
     for _ in range(3):
-        _trace.write(_trace.session("replay"))
-    (record,) = [record for record in caplog.records if record.name == "r3patch._trace"]
+        trace.write(trace.session("replay"))
+    (record,) = [record for record in caplog.records if record.name == "r3patch.observe.trace"]
     assert "cannot write" in record.getMessage()
 
 
@@ -263,4 +266,4 @@ def test_read_refuses_what_is_no_trace(tmp_path: Path, text: str, message: str) 
     file = tmp_path / "some.jsonl"
     file.write_text(text)
     with pytest.raises(R3PatchError, match=message):
-        _trace.read(file)
+        trace.read(file)

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
-from r3patch import _megatron, bridges
+from r3patch import bridges
 from r3patch._errors import UnsupportedMegatronError, UnsupportedRoutingError
-from r3patch._megatron import RouterInfo
-from r3patch._scope import MAIN
-from r3patch._tap import Tap
 from r3patch.bridges._common import ManagerTap
+from r3patch.labels.model import RouterInfo, routers
+from r3patch.labels.scope import MAIN
+from r3patch.sessions._tap import Tap
 
 __all__ = ["Problem", "problems", "require_extension_point", "topk_sorts", "unfused"]
 
@@ -73,7 +73,7 @@ def require_extension_point() -> None:
 def problems(model: Any) -> list[Problem]:
     """The settings of a model under which replay is refused or weakened, router by router."""
     found: list[Problem] = []
-    for info in _megatron.routers(model):
+    for info in routers(model):
         if info.scope == MAIN:
             found += _router_problems(info)
     return found

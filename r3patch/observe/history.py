@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r3patch import _trace
 from r3patch._errors import R3PatchError
-from r3patch._scope import MAIN, MTP
-from r3patch.cli._terminal import spans
+from r3patch.labels.scope import MAIN, MTP
 from r3patch.metrics import suspicious_overlap
+from r3patch.observe import trace
 
 Record = dict[str, Any]
 Counts = dict[str, float]
@@ -119,7 +118,7 @@ def load(paths: Iterable[str]) -> History:
     records: list[Record] = []
     for path in paths:
         for file in _files(path):
-            found, broken = _trace.read(file)
+            found, broken = trace.read(file)
             history.files.append(str(file))
             history.broken_lines += broken
             records += found
@@ -138,7 +137,7 @@ def _files(path: str) -> list[Path]:
     ]
     if not ranks:
         raise R3PatchError(
-            f"there is neither {path} nor {_trace.rank_path(path, 0)}: a rank writes its trace "
+            f"there is neither {path} nor {trace.rank_path(path, 0)}: a rank writes its trace "
             "when its first session ends."
         )
     return sorted(ranks, key=lambda file: int(file.stem.rpartition(".rank")[2]))
@@ -399,3 +398,14 @@ def _steps(steps: Collection[int]) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Ascending numbers with runs put together: 2, 4-61."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -12,15 +12,17 @@ from typing import Any, Literal
 
 import torch
 
-from r3patch import _config, _megatron, _support
+from r3patch import _config
 from r3patch._errors import ReplayError, RoutesError
-from r3patch._megatron import RouterInfo
-from r3patch._session import Session
-from r3patch._stream import RecordStream, ReplayStream
-from r3patch._tap import RecordTap, ReplayTap, Tap
+from r3patch.labels import model as models
+from r3patch.labels.model import RouterInfo
 from r3patch.metrics import ExpertLoad, expert_load
-from r3patch.routes import Routes
-from r3patch.stats import ReplayStats, RouterStats
+from r3patch.observe.stats import ReplayStats, RouterStats
+from r3patch.rows.routes import Routes
+from r3patch.sessions import _preflight
+from r3patch.sessions._session import Session
+from r3patch.sessions._stream import RecordStream, ReplayStream
+from r3patch.sessions._tap import RecordTap, ReplayTap, Tap
 
 __all__ = [
     "RecordSession",
@@ -123,7 +125,7 @@ class RecordSession(Session[RecordStream]):
             return []
         columns: dict[int, list[torch.Tensor]] = {}
         for chunk, stream in zip(self._chunks, self._streams, strict=True):
-            chunked = any(_support.mlp_chunks(c) > 1 for c in _configs(chunk))
+            chunked = any(_preflight.mlp_chunks(c) > 1 for c in _configs(chunk))
             columns.update(stream.columns(chunked=chunked))
         return _microbatches(columns, self._num_experts())
 
@@ -274,12 +276,12 @@ class ReplaySession(Session[ReplayStream]):
             main,
             missing=self._missing,
             ep_size=int(getattr(config, "expert_model_parallel_size", 1) or 1),
-            mlp_chunks=_support.mlp_chunks(config) if main else 1,
+            mlp_chunks=_preflight.mlp_chunks(config) if main else 1,
         )
 
     def _tap(self, info: RouterInfo, stream: ReplayStream) -> Tap:
         grouped = bool(getattr(info.module.config, "moe_router_group_topk", None))
-        sorts = functools.partial(_support.topk_sorts, grouped=grouped)
+        sorts = functools.partial(_preflight.topk_sorts, grouped=grouped)
         sorts()  # ask Megatron now, not in the middle of a forward
         return ReplayTap(info, stream, topk_sorts=sorts, measure=self._measure)
 
@@ -363,7 +365,7 @@ def _microbatches(columns: dict[int, list[torch.Tensor]], num_experts: int) -> l
 
 
 def _configs(chunk: torch.nn.Module) -> Iterable[Any]:
-    return (info.module.config for info in _megatron.routers(chunk))
+    return (info.module.config for info in models.routers(chunk))
 
 
 def _same_model(known: torch.nn.Module, given: Any) -> bool:

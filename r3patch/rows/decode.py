@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.routes import Routes, check_layers, check_sizes, narrow, signed, stored_dtype
+from r3patch.rows.routes import Routes, check_layers, check_sizes, narrow, signed, stored_dtype
 
 logger = logging.getLogger(__name__)
 

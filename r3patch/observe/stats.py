@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from r3patch._errors import ReplayError
-from r3patch._scope import MAIN
+from r3patch.labels.scope import MAIN
 
 
 @dataclass(frozen=True)

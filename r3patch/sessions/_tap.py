@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from r3patch._errors import ReplayError
-from r3patch._recompute import CallLog, in_backward
-from r3patch._stream import layer_of
+from r3patch.sessions._recompute import CallLog, in_backward
+from r3patch.sessions._stream import layer_of
 
 if TYPE_CHECKING:
-    from r3patch._megatron import RouterInfo
-    from r3patch._stream import Column, Microbatch, RecordStream, ReplayStream
+    from r3patch.labels.model import RouterInfo
+    from r3patch.sessions._stream import Column, Microbatch, RecordStream, ReplayStream
 
 Selection = tuple[torch.Tensor, torch.Tensor]
 Topk = Callable[..., Selection]

@@ -1,80 +1,31 @@
-"""What of Megatron is patched and why; how its models are walked; how its layers are numbered.
+"""A model's routers: found by walking live modules, labelled, verified.
 
-With ``bridges/`` and ``testing/`` the only place that names Megatron. Nothing here imports it or
-torch: classes are recognised by the name of their module and their own, in the whole MRO, so that
-subclasses count, and models that were built before a reload too.
+Nothing here imports Megatron or torch: classes are recognised by the name of their module and
+their own, in the whole MRO, so that subclasses count, and models that were built before a reload
+too.
 """
 
 from __future__ import annotations
 
-import ast
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from r3patch import _scope
-from r3patch._errors import (
-    ScopeConflictError,
-    UnlabelledRouterError,
-    UnsupportedMegatronError,
-    UnsupportedRoutingError,
-)
-from r3patch._scope import ATTRIBUTE, MAIN, MTP
+from r3patch._errors import ScopeConflictError, UnlabelledRouterError, UnsupportedMegatronError
+from r3patch.labels import patch
+from r3patch.labels import scope as scopes
+from r3patch.labels.scope import ATTRIBUTE, MAIN, MTP
+from r3patch.labels.targets import ROUTER_MODULE, TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
 
     Model: TypeAlias = nn.Module | Sequence[nn.Module]
 
-
-@dataclass(frozen=True)
-class Target:
-    """A class whose constructor is wrapped."""
-
-    module: str
-    qualname: str
-    opens: str | None
-    """The scope that is open while it builds; None: it is a router, and labels itself."""
-    why: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}.{self.qualname}"
-
-
-_ROUTER_MODULE = "megatron.core.transformer.moe.router"
-_MTP_MODULE = "megatron.core.transformer.multi_token_prediction"
-
-#: Everything of Megatron that `r3patch.install` touches. Deliberately not here: any ``forward``,
-#: ``routing`` or top-k function (see _patch), and the MTP *specs*, which build no module and share
-#: their layer spec with the last decoder layer.
-#: Source: the classes and module paths are the same in megatron-core 0.12.3 to 0.19.2.
-TARGETS = (
-    Target(
-        _ROUTER_MODULE,
-        "TopKRouter",
-        None,
-        "every router that replay can reach is one or derives from it (InferenceTopKRouter)",
-    ),
-    Target(
-        _MTP_MODULE,
-        "MultiTokenPredictionBlock",
-        MTP,
-        "all MTP depths are built in it, subclasses and hybrid stacks included",
-    ),
-    Target(
-        _MTP_MODULE,
-        "MultiTokenPredictionLayer",
-        MTP,
-        "frameworks build single layers of it without the block",
-    ),
-)
-
 _ROUTER = "router"
-_KINDS = {(_ROUTER_MODULE, "Router"): _ROUTER} | {
+_KINDS = {(ROUTER_MODULE, "Router"): _ROUTER} | {
     (target.module, target.qualname): MTP for target in TARGETS if target.opens == MTP
 }
 
@@ -113,11 +64,6 @@ class _Found:
         return self.in_mtp or getattr(self.module, "is_mtp_layer", False) is True
 
 
-def megatron_version() -> str:
-    """For messages only: what Megatron can do is found by looking, never by version."""
-    return str(getattr(sys.modules.get("megatron.core"), "__version__", "of unknown version"))
-
-
 def chunks(model: Model) -> list[nn.Module]:
     """The chunks of a model: several with a virtual pipeline, otherwise the model itself.
 
@@ -146,7 +92,7 @@ def routers(model: Model, scope: str | None = None) -> list[RouterInfo]:
     found = _find(model)
     if scope is None:
         return [router.info for router in found]
-    _scope.checked(scope)
+    scopes.checked(scope)
     _refuse_unlabelled(found)
     return [router.info for router in found if router.info.scope == scope]
 
@@ -163,11 +109,11 @@ def label(model: Model, scope: str | None = None) -> list[RouterInfo]:
     """
     found = _find(model)
     if scope is not None:
-        _scope.checked(scope)
+        scopes.checked(scope)
     for router in found:
         wanted = scope or (MTP if router.is_mtp else router.info.scope or MAIN)
         if router.info.scope != wanted:
-            _scope.set_label(router.module, wanted)
+            scopes.set_label(router.module, wanted)
     return [router.info for router in found]
 
 
@@ -222,9 +168,7 @@ def _kind(cls: type) -> str | None:
 
 
 def _refuse_failed_targets() -> None:
-    from r3patch import _patch  # it reads TARGETS from here
-
-    failed = [target for target in _patch.status().targets if target.state == "failed"]
+    failed = [target for target in patch.status() if target.state == "failed"]
     if failed:
         raise UnsupportedMegatronError(
             "r3patch could not patch "
@@ -234,7 +178,7 @@ def _refuse_failed_targets() -> None:
 
 
 def _refuse_unlabelled(found: list[_Found]) -> None:
-    bare = [router for router in found if router.info.scope not in _scope.SCOPES]
+    bare = [router for router in found if router.info.scope not in scopes.SCOPES]
     if bare:
         raise UnlabelledRouterError(
             f"{len(bare)} of {len(found)} routers have no scope label: {_names(bare)}. They were "
@@ -291,116 +235,3 @@ def _names(found: list[_Found], *, numbers: bool = False, limit: int = 8) -> str
     if len(found) > limit:
         names.append(f"and {len(found) - limit} more")
     return ", ".join(names)
-
-
-def moe_layers(config: Any) -> tuple[int, ...]:
-    """The layers of the main model that have a router, MTP layers not counted.
-
-    Reads a hybrid pattern (``hybrid_layer_pattern``, ``hybrid_override_pattern``) where there is
-    one, else ``moe_layer_freq`` and Hugging Face's ``first_k_dense_replace``, ``mlp_only_layers``,
-    ``decoder_sparse_step`` and ``mlp_layer_types``.
-
-    Args:
-        config: Megatron's TransformerConfig or arguments, a Hugging Face config, or any object
-            with the same attributes.
-
-    Returns:
-        1-based global layer numbers, ascending; empty for a model without MoE.
-
-    Raises:
-        UnsupportedRoutingError: the config does not say how many layers there are, or which of a
-            hybrid model's have a router; or its pattern cannot be read or has another length.
-
-    Source: get_gpt_decoder_layer_specs (models/gpt/gpt_layer_specs.py, 0.16.1 and 0.19.2),
-    parse_hybrid_pattern (models/hybrid/hybrid_layer_allocation.py, 0.19.2).
-    """
-    num_layers = _first(config, "num_layers", "num_hidden_layers")
-    pattern = _first(config, "hybrid_layer_pattern", "hybrid_override_pattern")
-    if isinstance(pattern, str):
-        symbols = pattern.split("/")[0].replace("|", "")
-        return _numbered("hybrid pattern", [symbol == "E" for symbol in symbols], num_layers)
-    if _first(config, "is_hybrid_model"):
-        raise UnsupportedRoutingError(
-            f"{type(config).__name__} is of a hybrid model, but has no hybrid_layer_pattern: "
-            "TransformerConfig does not keep it. Pass an object that does, such as the arguments."
-        )
-    experts = _first(
-        config, "num_moe_experts", "num_experts", "n_routed_experts", "num_local_experts"
-    )
-    if not experts:
-        return ()
-    if not isinstance(num_layers, int):
-        raise UnsupportedRoutingError(
-            f"{type(config).__name__} has num_layers={num_layers!r}, expected an integer "
-            "(num_layers or num_hidden_layers)"
-        )
-    types = _first(config, "mlp_layer_types")
-    if types is not None:
-        return _numbered("mlp_layer_types", [kind == "sparse" for kind in types], num_layers)
-    return _from_frequency(config, num_layers)
-
-
-def _from_frequency(config: Any, num_layers: int) -> tuple[int, ...]:
-    frequency = _first(config, "moe_layer_freq")
-    if isinstance(frequency, str):
-        frequency = _evaluate(frequency)
-    if isinstance(frequency, (list, tuple)):
-        return _numbered("moe_layer_freq", frequency, num_layers)
-    frequency = 1 if frequency is None else frequency
-    if not isinstance(frequency, int) or frequency < 1:
-        raise UnsupportedRoutingError(
-            f"moe_layer_freq is {frequency!r}, expected a positive integer, a list of 0 and 1, or "
-            "a string such as '([0]*3+[1]*58)'"
-        )
-    dense = set(_first(config, "mlp_only_layers") or ())
-    first = _first(config, "first_k_dense_replace") or 0
-    step = _first(config, "decoder_sparse_step") or 1
-    return _numbered(
-        "moe_layer_freq",
-        [
-            i >= first and i % frequency == 0 and (i + 1) % step == 0 and i not in dense
-            for i in range(num_layers)
-        ],
-        num_layers,
-    )
-
-
-def _first(config: Any, *names: str) -> Any:
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if value is not None), None)
-
-
-def _numbered(source: str, flags: Iterable[object], num_layers: object) -> tuple[int, ...]:
-    flags = list(flags)
-    if num_layers is not None and len(flags) != num_layers:
-        raise UnsupportedRoutingError(
-            f"{source} describes {len(flags)} layers, but the model has {num_layers}"
-        )
-    return tuple(number for number, is_moe in enumerate(flags, start=1) if is_moe)
-
-
-def _evaluate(text: str) -> Any:
-    """The value of an expression of lists, integers, ``+`` and ``*``, as Megatron's CLI takes it.
-
-    Source: moe_freq_type (megatron/training/arguments.py, 0.16.1), which calls eval().
-    """
-
-    def value(node: ast.AST) -> Any:
-        match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.List(elts=items):
-                return [value(item) for item in items]
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return value(left) + value(right)
-            case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                return value(left) * value(right)
-        raise TypeError(ast.dump(node))
-
-    try:
-        return value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, TypeError):
-        raise UnsupportedRoutingError(
-            f"moe_layer_freq is {text!r}, expected an integer or lists of 0 and 1 joined by + and "
-            "*, such as '([0]*3+[1]*58)'"
-        ) from None

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from r3patch import _megatron, _support, _trace
 from r3patch._errors import R3PatchError, ReplayError, UnsupportedRoutingError
-from r3patch._megatron import RouterInfo
-from r3patch._scope import MAIN, scope_of
-from r3patch._stream import RecordStream, ReplayStream
-from r3patch._tap import Tap
-from r3patch.stats import ReplayStats, RouterStats
+from r3patch.labels import model as models
+from r3patch.labels.model import RouterInfo
+from r3patch.labels.scope import MAIN, scope_of
+from r3patch.observe import trace
+from r3patch.observe.stats import ReplayStats, RouterStats
+from r3patch.sessions import _preflight
+from r3patch.sessions._stream import RecordStream, ReplayStream
+from r3patch.sessions._tap import Tap
 
 if TYPE_CHECKING:
     from r3patch.metrics import ExpertLoad
@@ -47,7 +49,7 @@ class Session(ABC, Generic[Stream]):
     kind = ""
 
     def __init__(self, model: Any, step: int | None = None) -> None:
-        self._chunks = _megatron.chunks(model)
+        self._chunks = models.chunks(model)
         self._step = step
         self._streams: list[Stream] = []
         self._taps: list[tuple[int, Tap]] = []  # with the index of the chunk
@@ -61,7 +63,7 @@ class Session(ABC, Generic[Stream]):
             raise ReplayError(f"this {self.kind} session was entered before; open a new one.")
         self._entered = True
         try:
-            _support.require_extension_point()
+            _preflight.require_extension_point()
             self._install(self._check_model())
             self._gate.open = True
             self._begin()
@@ -102,7 +104,7 @@ class Session(ABC, Generic[Stream]):
 
     def _check_model(self) -> list[list[RouterInfo]]:
         """The routers of each chunk, after every check that needs no data."""
-        infos = _megatron.routers(self._chunks)
+        infos = models.routers(self._chunks)
         tapped = [
             info.name
             for info in infos
@@ -113,11 +115,11 @@ class Session(ABC, Generic[Stream]):
                 f"{tapped[0]} is in an open session already: sessions on one model do not nest. "
                 "Leave the first `with` block before the second."
             )
-        _megatron.verify(self._chunks)
-        found = _support.problems(self._chunks)
+        models.verify(self._chunks)
+        found = _preflight.problems(self._chunks)
         for text in sorted({f"{p.setting}: {p.text}" for p in found if p.level == "warning"}):
             _warn_once(text)
-        _support.refuse(found)
+        _preflight.refuse(found)
         if not infos and not any(_has_moe(chunk) for chunk in self._chunks):
             raise UnsupportedRoutingError(
                 "the model has no MoE router and its config no num_moe_experts: there is nothing "
@@ -149,18 +151,18 @@ class Session(ABC, Generic[Stream]):
         # Routers that are not replayed keep the fused kernel: theirs are Megatron's own bits.
         if _replayed(tap.info) and getattr(router.config, "moe_router_fusion", False):
             self._undo.callback(setattr, router, "config", router.config)
-            router.config = _support.unfused(router.config)
+            router.config = _preflight.unfused(router.config)
 
     def _close(self) -> None:
         self._gate.open = False
         self._undo.close()
 
     def _trace(self, error: BaseException | None) -> None:
-        if not _trace.enabled():
+        if not trace.enabled():
             return
         # After a failure of the device, reading figures would raise over the first error.
         readable = error is None or isinstance(error, R3PatchError)
-        record = _trace.session(
+        record = trace.session(
             self.kind,
             step=self._step,
             stats=self.stats if readable else None,
@@ -168,7 +170,7 @@ class Session(ABC, Generic[Stream]):
             expert_load=self._expert_load() if error is None else None,
             error=error,
         )
-        _trace.write(record)
+        trace.write(record)
 
     # What record and replay do each in their own way.
 
@@ -207,7 +209,7 @@ def _router_stats(tap: Tap, chunk: int) -> RouterStats:
 
 
 def _replayed(info: RouterInfo) -> bool:
-    return info.scope == MAIN and not _support.is_hash_routed(info)
+    return info.scope == MAIN and not _preflight.is_hash_routed(info)
 
 
 def _has_moe(chunk: torch.nn.Module) -> bool:

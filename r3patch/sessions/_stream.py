@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from r3patch._errors import ReplayError
-from r3patch._spread import spread_rows
 from r3patch.metrics import ExpertLoad
-from r3patch.routes import Routes
+from r3patch.rows.routes import Routes
+from r3patch.rows.spread import spread_rows
 
 if TYPE_CHECKING:
-    from r3patch._megatron import RouterInfo
+    from r3patch.labels.model import RouterInfo
 
 _KEPT_ON_DEVICE = 2  # 1F1B alternates between one microbatch's forward and another's recompute
 

@@ -1,11 +1,11 @@
-"""Install, uninstall, status: the one module that imports wrapt.
+"""The constructors that labels come from, wrapped: the one module that imports wrapt.
 
 Constructors are wrapped in place (``vars(cls)["__init__"]``), so it does not matter who imported
 the class, or when. Nothing else is wrapped: torch.compile looks through wrapt wrappers and runs
 what is underneath, in silence, so a wrapper on a forward path could not be trusted.
 
 An import hook must not raise, since that would break the user's ``import megatron``, and must not
-fail in silence: what goes wrong is kept as the state ``failed``, which `status` and
+fail in silence: what goes wrong is kept as the state ``failed``, which `r3patch.status` and
 `r3patch.verify` report.
 """
 
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import wrapt
 
-from r3patch import _scope, bridges
 from r3patch._config import CONFIG
 from r3patch._errors import UnsupportedMegatronError
-from r3patch._megatron import TARGETS, Target, megatron_version
+from r3patch.labels import scope as scopes
+from r3patch.labels.targets import TARGETS, Target, megatron_version
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +39,6 @@ class TargetStatus(NamedTuple):
     detail: str
 
 
-class Status(NamedTuple):
-    """What `install` has done so far."""
-
-    targets: tuple[TargetStatus, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(" ".join(filter(None, target)) for target in self.targets)
-
-
 class _Patch(NamedTuple):
     owner: Any
     wrapper: Any
@@ -60,27 +51,17 @@ _failures: dict[str, str] = {}
 
 
 def install() -> None:
-    """Wrap the constructors of Megatron that `r3patch` labels routers from.
-
-    Those of modules that are not imported yet are wrapped when they are. Safe to call again and
-    from several threads; also retries what failed and re-wraps what a reload has lost.
-    """
+    """Wrap the constructors of `TARGETS`, those of modules to come when they are imported."""
     global _active
     with _lock:
         _active = True
     for name in dict.fromkeys(target.module for target in TARGETS):
         when_imported(name, _wrap_constructors)
-    bridges.install()
 
 
 def uninstall() -> None:
-    """Give Megatron its constructors back. Labels that routers carry stay.
-
-    Where somebody else has wrapped on top of ours, ours stays below theirs and calls straight
-    through; `status` then says ``buried``.
-    """
+    """Give Megatron its constructors back, or, below somebody else's wrapper, pass through."""
     global _active
-    bridges.uninstall()
     with _lock:
         _active = False
         _failures.clear()
@@ -90,13 +71,8 @@ def uninstall() -> None:
                 del _patches[name]
 
 
-def status() -> Status:
-    """The state of every target, as it is now.
-
-    ``pending``: its module is not imported yet. ``installed``: wrapped. ``failed``: it could not
-    be wrapped, or was lost since. ``disabled``: by `uninstall` or ``R3PATCH_DISABLE=1``.
-    ``buried``: uninstalled below somebody else's wrapper.
-    """
+def status() -> tuple[TargetStatus, ...]:
+    """The state of every target as it is now, and every import hook that failed."""
     with _lock:
         targets = [_status_of(target) for target in TARGETS]
         own = {target.name for target in TARGETS}
@@ -105,7 +81,7 @@ def status() -> Status:
             for name, reason in _failures.items()
             if name not in own
         ]
-        return Status((*targets, *hooks))
+        return (*targets, *hooks)
 
 
 def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:
@@ -231,14 +207,14 @@ def _label_router(
     wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     wrapped(*args, **kwargs)
-    _scope.label_newborn(instance)
+    scopes.label_newborn(instance)
 
 
 def _open_scope(scope: str) -> Wrapper:
     def construct(
         wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        with _scope.constructing(instance, scope):
+        with scopes.constructing(instance, scope):
             wrapped(*args, **kwargs)
 
     return construct

@@ -19,12 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r3patch import _config, _megatron
+from r3patch import _config
 from r3patch._errors import R3PatchError
+from r3patch._version import version
+from r3patch.labels.targets import megatron_version
 
 if TYPE_CHECKING:
     from r3patch.metrics import ExpertLoad
-    from r3patch.stats import ReplayStats
+    from r3patch.observe.stats import ReplayStats
 
 logger = logging.getLogger(__name__)
 
@@ -189,13 +191,11 @@ def _load(load: ExpertLoad) -> dict[str, Any]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    import r3patch
-
     torch = getattr(sys.modules.get("torch"), "__version__", "unknown")
     return {
-        "r3patch": r3patch.__version__,
+        "r3patch": version(),
         "torch": str(torch),
-        "megatron-core": _megatron.megatron_version(),
+        "megatron-core": megatron_version(),
     }
 
 

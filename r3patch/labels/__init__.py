@@ -1,0 +1,1 @@
+"""Labels: which scope a router was built in. No torch."""

@@ -1,0 +1,1 @@
+"""Observe: what sessions did, written down and read again."""

@@ -1,0 +1,1 @@
+"""Rows: what a rollout sent, up to the rows of this rank. Knows no Megatron."""

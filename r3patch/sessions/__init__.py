@@ -1,0 +1,1 @@
+"""Sessions: the time of a ``with`` block in which routers record or replay."""
