@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from r3patch.bridges._common import forget
+from r3patch.bridges._shield import forget
 from r3patch.labels.scope import MTP
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from r3patch.rows.routes import Routes
 
 MODULE = "megatron.core.transformer.moe.router_replay"
-NEEDS = ("RouterReplay.global_router_replay_instances",)
+NEEDS: tuple[str, ...] = ("RouterReplay.global_router_replay_instances",)
 
 
 def govern(router: Any, scope: str, manager: ModuleType) -> None:
@@ -30,9 +30,9 @@ def govern(router: Any, scope: str, manager: ModuleType) -> None:
         router.router_replay = None
 
 
-def drives(router: Any, manager: ModuleType) -> bool:
-    replay = getattr(router, "router_replay", None)
-    return isinstance(replay, manager.RouterReplay) and replay.router_replay_action is not None
+def is_replaying(router: Any, replay: object, manager: ModuleType) -> bool:
+    action = getattr(replay, "router_replay_action", None)
+    return isinstance(replay, manager.RouterReplay) and action is not None
 
 
 def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "error") -> None:
