@@ -117,6 +117,55 @@ def test_drive_fills_the_live_model() -> None:
         native.drive(build(), Routes(ids, (3, 2), num_experts=EXPERTS))
 
 
+def test_drive_refuses_instances_that_no_action_reaches(registry: list[Any]) -> None:
+    """After somebody cleared Megatron's list, drive() names the routers and fills none."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    model = build(**NATIVE)
+    first, second = (router.router_replay for router in main(model))
+    routes = Routes(torch.stack([random_ids(2), random_ids(3)], 1), (2, 3), num_experts=EXPERTS)
+    RouterReplay.clear_global_router_replay_instances()
+    registry.append(first)
+    with pytest.raises(r3patch.ReplayError) as caught:
+        native.drive(model, routes)
+    assert str(caught.value).startswith(
+        "the RouterReplay of decoder.layers.2.mlp.router is not in Megatron's global list"
+    )
+    assert "set_router_replay_action(action), before drive()" in str(caught.value)
+    assert first.target_topk_idx is None
+
+    def drive_and_run() -> torch.Tensor:
+        native.drive(model, routes)
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        calls = Calls(model)
+        loss_of(model)
+        return calls.maps(3)[0]
+
+    second.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)  # on the instance itself
+    assert torch.equal(drive_and_run(), as_map(random_ids(3)))
+    second.clear_router_replay_action()
+    registry.append(second)  # back in the list
+    assert torch.equal(drive_and_run(), as_map(random_ids(3)))
+
+
+def test_drive_keeps_no_hold_of_the_routes() -> None:
+    """Spread rows and later changes of either side stay on that side."""
+    model = build(**NATIVE)
+    routes = Routes(
+        random_ids(2)[:, None].repeat(1, 2, 1),
+        (2, 3),
+        torch.arange(TOKENS) > 0,
+        num_experts=EXPERTS,
+    )
+    before = routes.experts.clone()
+    native.drive(model, routes, missing="spread")
+    targets = [router.router_replay.target_topk_idx for router in main(model)]
+    assert torch.equal(routes.experts, before)
+    assert all(target[0].unique().numel() == TOPK for target in targets)
+    routes.experts.zero_()
+    assert all(torch.equal(target[1:], random_ids(2)[1:]) for target in targets)
+
+
 def test_left_alone(registry: list[Any]) -> None:
     """With the bridge off the MTP instance stays where Megatron put it."""
     with _config.override(native="leave"):
