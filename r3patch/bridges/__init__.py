@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from r3patch import _config
-from r3patch.bridges import miles, native, slime, verl
+from r3patch.bridges import _miles_indexer, miles, native, slime, verl
 from r3patch.bridges._log import forget_logged, log_once
 from r3patch.labels import patch
 from r3patch.labels import scope as scopes
@@ -42,7 +42,8 @@ class _Failure:
 
     error: str
     """The first one."""
-    routers: int = 0
+    modules: int = 0
+    """Routers, or MTP layers whose attention was to be governed; each once."""
     seen: WeakSet[Any] = field(default_factory=WeakSet)
 
 
@@ -54,6 +55,7 @@ def install() -> None:
     """Govern routers from now on. Called by ``r3patch.install``; safe to call again."""
     if not _is_installed():
         scopes.listeners.append(_govern)
+        scopes.constructions.append(_govern_construction)
         patch.reporters.append(_failed)
 
 
@@ -61,6 +63,7 @@ def uninstall() -> None:
     """Leave routers that are built from now on to their managers, and forget what failed."""
     if _is_installed():
         scopes.listeners.remove(_govern)
+        scopes.constructions.remove(_govern_construction)
         patch.reporters.remove(_failed)
     with _lock:
         _failures.clear()
@@ -107,6 +110,17 @@ def _govern(router: Any) -> None:
             _BRIDGES[name].govern(router, scopes.scope_of(router), manager)
 
 
+@contextmanager
+def _govern_construction(owner: Any, scope: str) -> Iterator[None]:
+    """Around an MTP constructor: miles registers attention layers, too, which have no label."""
+    known = _miles_indexer.streams(sys.modules.get(miles.MODULE))
+    yield
+    for name, manager in _governed():
+        if name == "miles" and scope == scopes.MTP:
+            with _keeping_errors(name, owner):
+                _miles_indexer.exclude(owner, known, manager)
+
+
 def _governed() -> Iterator[tuple[str, ModuleType]]:
     for name in _enabled():
         bridge = _BRIDGES[name]
@@ -122,7 +136,7 @@ def _governed() -> Iterator[tuple[str, ModuleType]]:
 
 
 @contextmanager
-def _keeping_errors(name: str, router: Any) -> Iterator[None]:
+def _keeping_errors(name: str, module: Any) -> Iterator[None]:
     """A constructor of Megatron's must not fail by a bridge, nor a bridge in silence."""
     try:
         yield
@@ -130,8 +144,8 @@ def _keeping_errors(name: str, router: Any) -> Iterator[None]:
         text = f"{type(error).__name__}: {error}"
         with _lock:
             failure = _failures.setdefault(name, _Failure(text))
-            failure.routers += router not in failure.seen
-            failure.seen.add(router)
+            failure.modules += module not in failure.seen
+            failure.seen.add(module)
         _warn(name, text)
 
 
@@ -156,7 +170,7 @@ def _state(name: str) -> tuple[str, str]:
     if absent:
         return "failed", f"{bridge.MODULE} has no {', '.join(absent)}; {leave}"
     if failure is not None:
-        return "failed", f"{failure.error} (on {failure.routers} router(s)); {leave}"
+        return "failed", f"{failure.error} (on {failure.modules} module(s)); {leave}"
     return "installed", bridge.MODULE
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 import r3patch
-from r3patch import testing
+from r3patch import bridges, testing
 from r3patch.bridges.verl import own_routing
+from r3patch.labels.patch import TargetStatus
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 NATIVE = {"moe_enable_routing_replay": True}
@@ -76,6 +77,16 @@ def assert_mtp_is_megatrons_own(calls: Calls) -> None:
             own_probs, own_map = plain(call.input)
         assert torch.equal(own_probs, call.probs)
         assert torch.equal(own_map, call.routing_map)
+
+
+def bridge_status(name: str) -> TargetStatus:
+    (found,) = (status for status in bridges.status() if status.name == name)
+    return found
+
+
+def changed(*args: Any) -> None:
+    """What a manager of another version does where ours calls it."""
+    raise TypeError("register_to_module() wants a name")
 
 
 def fails_after(function: Any) -> Any:

@@ -13,7 +13,6 @@ import torch
 import r3patch
 from r3patch import _config, bridges
 from r3patch.labels import scope as scopes
-from r3patch.labels.patch import TargetStatus
 
 from .common import (
     NATIVE,
@@ -21,6 +20,7 @@ from .common import (
     Foreign,
     as_map,
     assert_mtp_is_megatrons_own,
+    bridge_status,
     build,
     fails_after,
     loss_of,
@@ -30,11 +30,6 @@ from .common import (
 )
 
 pytestmark = pytest.mark.megatron
-
-
-def bridge(name: str) -> TargetStatus:
-    (found,) = (status for status in bridges.status() if status.name == name)
-    return found
 
 
 def test_two_models(foreign: Foreign) -> None:
@@ -130,8 +125,8 @@ def test_bridges_off(miles: Any, slime: Any) -> None:
     """R3PATCH_BRIDGES=none: nothing is registered, nothing is taken away."""
     with _config.override(bridges=()):
         model = build()
-        assert bridge("miles") == ("miles", "disabled", "by R3PATCH_BRIDGES")
-        assert bridge("native").state == "installed"
+        assert bridge_status("miles") == ("miles", "disabled", "by R3PATCH_BRIDGES")
+        assert bridge_status("native").state == "installed"
     assert miles.replays == []
     assert slime.RoutingReplay.all_routing_replays == []
     assert not mtp(model)._forward_pre_hooks

@@ -10,14 +10,9 @@ import pytest
 import r3patch
 from r3patch import _config, bridges
 
-from .common import build, main, mtp
-from .test_every_manager import bridge
+from .common import bridge_status, build, changed, main, mtp
 
 pytestmark = pytest.mark.megatron
-
-
-def changed(*args: Any) -> None:
-    raise TypeError("register_to_module() wants a name")
 
 
 def test_an_unknown_shape_is_left_alone(miles: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -26,8 +21,8 @@ def test_an_unknown_shape_is_left_alone(miles: Any, caplog: pytest.LogCaptureFix
     model = build()
     assert miles.replays == []
     assert all(router.router_replay is None for router in main(model))
-    assert bridge("miles").state == "failed"
-    assert "has no routing_replay_manager.get_topk_fn" in bridge("miles").detail
+    assert bridge_status("miles").state == "failed"
+    assert "has no routing_replay_manager.get_topk_fn" in bridge_status("miles").detail
     assert "does not govern miles" in caplog.text
 
 
@@ -37,8 +32,8 @@ def test_a_manager_that_raises(
     """The model is built; the bridge is failed, with the reason, and a warning is there."""
     monkeypatch.setattr(miles, "register_to_module", changed)
     build()
-    assert bridge("miles").state == "failed"
-    assert "TypeError: register_to_module() wants a name" in bridge("miles").detail
+    assert bridge_status("miles").state == "failed"
+    assert "TypeError: register_to_module() wants a name" in bridge_status("miles").detail
     assert "does not govern miles" in caplog.text
 
 
@@ -50,14 +45,14 @@ def test_one_error_does_not_turn_a_bridge_off(miles: Any, monkeypatch: pytest.Mo
     model = build()
     assert miles.replays == [router.routing_replay for router in main(model)]
     assert mtp(model)._forward_pre_hooks
-    assert "wants a name (on 2 router(s))" in bridge("miles").detail
+    assert "wants a name (on 2 module(s))" in bridge_status("miles").detail
 
 
 def test_a_router_that_fails_twice_counts_once(miles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An MTP router is governed again when its constructors are done."""
     monkeypatch.setattr("r3patch.bridges.miles.remove_streams", changed)
     build()
-    assert "(on 1 router(s))" in bridge("miles").detail
+    assert "(on 1 module(s))" in bridge_status("miles").detail
 
 
 def test_verify_refuses_and_says_how_to_go_on(miles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +60,7 @@ def test_verify_refuses_and_says_how_to_go_on(miles: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(miles, "register_to_module", changed)
     model = build()
     (failed,) = (t for t in r3patch.status().targets if t.state == "failed")
-    assert failed == ("bridge miles", *bridge("miles")[1:])
+    assert failed == ("bridge miles", *bridge_status("miles")[1:])
     expected = r"could not patch bridge miles: TypeError: .*; R3PATCH_BRIDGES can turn the bridge"
     with pytest.raises(r3patch.UnsupportedMegatronError, match=expected):
         r3patch.verify(model)
@@ -76,7 +71,7 @@ def test_verify_refuses_and_says_how_to_go_on(miles: Any, monkeypatch: pytest.Mo
 def test_a_bridge_that_is_well_is_no_target(miles: Any) -> None:
     """r3patch.status() lists constructors, and what failed."""
     build()
-    assert bridge("miles").state == "installed"
+    assert bridge_status("miles").state == "installed"
     assert not [t for t in r3patch.status().targets if t.name.startswith("bridge")]
 
 
@@ -85,10 +80,10 @@ def test_status_has_no_effects(miles: Any, caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level(logging.INFO)
     kept = type(miles).get_topk_fn
     del type(miles).get_topk_fn
-    assert bridge("miles").state == "failed"
+    assert bridge_status("miles").state == "failed"
     assert r3patch.status().targets[-1].name == "bridge miles"
     type(miles).get_topk_fn = kept
-    assert bridge("miles").state == "installed"
+    assert bridge_status("miles").state == "installed"
     assert caplog.text == ""
     build()
     assert len(miles.replays) == 2
@@ -103,10 +98,10 @@ def test_uninstall_and_install_start_clean(
         build()
         assert caplog.text.count("does not govern miles") == times
         r3patch.uninstall()
-        assert bridge("miles") == ("miles", "disabled", "r3patch is not installed")
+        assert bridge_status("miles") == ("miles", "disabled", "r3patch is not installed")
         assert not [t for t in r3patch.status().targets if t.name.startswith("bridge")]
         r3patch.install()
-        assert bridge("miles").state == "installed"
+        assert bridge_status("miles").state == "installed"
 
 
 def test_installing_twice_governs_once(miles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
