@@ -107,11 +107,35 @@ def test_compiled_code_that_builds_nothing_sees_no_wrapper(fresh: Fresh) -> None
     fresh(
         """
         import torch, r3patch, probe
-        model, x = probe.build(), torch.randn(3, 2)
+        from torch._dynamo.testing import CompileCounter
+        model, x, counter = probe.build(), torch.randn(3, 2), CompileCounter()
         router = model.decoder[0].mlp.router
-        compiled = torch.compile(router, backend="eager", fullgraph=True)
+        compiled = torch.compile(router, backend=counter, fullgraph=True)
         assert all(torch.equal(a, b) for a, b in zip(compiled(x), router(x)))
+        assert counter.frame_count == 1
+        """,
+        TORCHDYNAMO_DISABLE="0",
+    )
+
+
+def test_torch_compile_runs_what_is_below_a_wrapper(fresh: Fresh) -> None:
+    """The reason to wrap constructors only: on a compiled path a wrapper is passed over silently.
+
+    Should this fail, torch or wrapt has learnt better.
+    """
+    fresh(
         """
+        import torch, wrapt
+        class Router:
+            def route(self, x):
+                return x + 1
+        wrapt.wrap_function_wrapper(Router, "route", lambda wrapped, _, args, kw: -wrapped(*args))
+        router, x = Router(), torch.ones(2)
+        compiled = torch.compile(lambda x: router.route(x), backend="eager", fullgraph=True)
+        assert router.route(x).tolist() == [-2, -2]
+        assert compiled(x).tolist() == [2, 2]
+        """,
+        TORCHDYNAMO_DISABLE="0",
     )
 
 
@@ -245,6 +269,18 @@ def test_install_from_many_threads_wraps_once(fresh: Fresh) -> None:
         [t.start() for t in threads]
         [t.join() for t in threads]
         assert [probe.layers(cls) for cls in classes] == [1, 1, 1]
+        """
+    )
+
+
+def test_uninstall_leaves_labels(fresh: Fresh) -> None:
+    """Routers keep what they were given, and are verified by it still."""
+    fresh(
+        """
+        import r3patch, probe
+        model = probe.build()
+        r3patch.uninstall()
+        assert [i.scope for i in r3patch.verify(model)] == ["main", "main", "mtp", "mtp"]
         """
     )
 

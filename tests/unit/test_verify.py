@@ -189,6 +189,29 @@ def test_models_built_before_the_import(fresh: Fresh) -> None:
     )
 
 
+def test_a_router_that_bypasses_the_constructor(fresh: Fresh) -> None:
+    """A class that does not call TopKRouter.__init__ has no label, and verify names its router."""
+    fresh(
+        """
+        import r3patch
+        from torch import nn
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        class Bypasses(TopKRouter):
+            def __init__(self):
+                nn.Module.__init__(self)
+
+        try:
+            r3patch.verify(nn.ModuleDict({"odd": Bypasses(), "good": TopKRouter(None)}))
+        except r3patch.UnlabelledRouterError as error:
+            assert "1 of 2 routers have no scope label: odd." in str(error)
+            assert "or by a class that bypasses TopKRouter.__init__" in str(error)
+        else:
+            raise AssertionError("verify passed")
+        """
+    )
+
+
 def test_routers_of_a_scope_refuse_unlabelled_ones(fresh: Fresh) -> None:
     """Asking for main routers never leaves out one that might be."""
     said = fresh(
