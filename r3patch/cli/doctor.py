@@ -96,6 +96,8 @@ def examine(model: str | None = None, *, cpu: bool = False) -> Examination:
     _examine_megatron(seen)
     _examine_versions(seen)
     for name, state, detail in r3patch.status().targets:
+        if name.startswith("bridge "):
+            continue  # bridges are below, also those that are well
         seen.targets.append({"name": name, "state": state, "detail": detail})
         if state != "installed":
             seen.find("error", name, f"{state}: {detail}" if detail else state)
