@@ -115,10 +115,7 @@ def suspicions(routes: Routes) -> Iterator[tuple[int, str]]:
 
 def _valid_rows(routes: Routes, column: int) -> Tensor:
     """``[num_valid, topk]``, ids ascending."""
-    rows = routes.experts[:, column]
-    if routes.valid is not None:
-        rows = rows[routes.valid[:, column]]
-    return rows.sort(-1).values
+    return routes.experts[:, column][routes.mask[:, column]].sort(-1).values
 
 
 def _same_column(routes: Routes, a: int, b: int) -> bool:

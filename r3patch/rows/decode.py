@@ -7,31 +7,26 @@ rest: the dtype, the wrapping, and whether the layer axis counts all layers or M
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import logging
-import math
-import sys
-from collections.abc import Iterable, Mapping
-from numbers import Integral
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.rows.routes import Routes, check_layers, check_sizes, narrow, signed, stored_dtype
+from r3patch.rows.arrays import foreign, integer, signed
+from r3patch.rows.payloads import read
+from r3patch.rows.routes import Routes, check_layers, check_sizes, narrow, stored_dtype
 
 logger = logging.getLogger(__name__)
 
-_NPY_MAGIC = b"\x93NUMPY"
-_NEMO_MAGIC = "nrlre1:"
-_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")
 # Two neighbours can share a row by chance in a shallow model; stale buffers repeat one for long.
 _SUSPICIOUS_RUN = 16
 # With topk 1 a single zero is a legal row; a column of this many is not.
 _SUSPICIOUS_ZEROS = 64
+# Far above any model: a count of tokens given as num_layers must not build a tuple of its length.
+_MOST_LAYERS = 1 << 16
 
 
 def decode(
@@ -78,9 +73,11 @@ def decode(
     if on_bad_rows not in ("error", "invalid"):
         raise RoutesError(f'on_bad_rows is {on_bad_rows!r}, expected "error" or "invalid".')
     try:
-        check_sizes(topk, num_experts)
+        topk, num_experts = check_sizes(topk, num_experts)
+        num_layers = integer(num_layers, "num_layers", 1, _MOST_LAYERS)
+        num_tokens = integer(num_tokens, "num_tokens", 0)
         layers = _check_moe_layers(num_layers, moe_layers)
-        sent, stated = _read(payload)
+        sent, stated = read(payload)
         first = _first_token(sent, stated, num_tokens, num_layers * topk, start)
         wide = _shape(sent, num_layers, topk)[: max(0, num_tokens - 1 - first)]
         columns = _columns(wide.shape[1], num_layers, layers)
@@ -105,8 +102,9 @@ def _place_rows(
 ) -> tuple[Routes, str | None]:
     """The routes, with rows that cannot be routes marked invalid, and what is wrong with those."""
     shape = (num_tokens, len(layers), wide.shape[2])
-    experts = torch.zeros(shape, dtype=stored_dtype(num_experts))
-    valid = torch.zeros(shape[:2], dtype=torch.bool)
+    with foreign(f"no memory for rows of shape {shape}"):
+        experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
+        valid = torch.zeros(shape[:2], dtype=torch.bool, device="cpu")
     rows = slice(first, first + wide.shape[0])
     unfit = narrow(wide, experts[rows], num_experts, columns)
     if wide.shape[2] == 1 and num_experts > 1:
@@ -135,7 +133,7 @@ class _BadRows(NamedTuple):
     def among(cls, unfit: Tensor, wide: Tensor, columns: slice | Tensor) -> _BadRows:
         """The unfit rows but for those of -1, which is how engines say "missing"."""
         tokens, places = unfit.nonzero().unbind(1)
-        sent = torch.arange(wide.shape[1])[columns][places]
+        sent = torch.arange(wide.shape[1], device="cpu")[columns][places]
         ids = signed(wide)[tokens, sent].to(torch.int64)
         kept = ~(ids == -1).all(-1)
         return cls(tokens[kept], places[kept], ids[kept])
@@ -176,8 +174,6 @@ class _BadRows(NamedTuple):
 
 
 def _check_moe_layers(num_layers: int, moe_layers: Iterable[int] | None) -> tuple[int, ...]:
-    if num_layers < 1:
-        raise RoutesError(f"num_layers is {num_layers}, expected 1 or more.")
     if moe_layers is None:
         return tuple(range(1, num_layers + 1))
     layers = check_layers(moe_layers)
@@ -192,10 +188,9 @@ def _first_token(
     sent: Tensor, stated: int | None, num_tokens: int, ids_per_row: int, start: int
 ) -> int:
     """The token of the first row, by the number of rows; any other number is an error."""
-    first = start if stated is None else stated
     fed = max(0, num_tokens - 1)
-    if num_tokens < 0 or not isinstance(first, Integral) or not 0 <= first <= fed:
-        raise RoutesError(f"start is {first!r} with {num_tokens} tokens, expected 0 to {fed}.")
+    stating = start if stated is None else stated
+    first = integer(stating, "start", 0, fed, context=f" with {num_tokens} tokens")
     flat = sent.dim() == 1
     if flat and sent.numel() % ids_per_row:
         raise RoutesError(
@@ -234,7 +229,7 @@ def _columns(axis: int, num_layers: int, layers: tuple[int, ...]) -> slice | Ten
         start, stop = layers[0] - 1, layers[-1]
         if stop - start == len(layers):
             return slice(start, stop)
-        return torch.tensor(layers) - 1
+        return torch.tensor(layers, device="cpu") - 1
     if axis == len(layers):
         return slice(None)
     raise RoutesError(
@@ -273,165 +268,13 @@ def _warn_of_stale_rows(routes: Routes, name: str) -> None:
 def _equal_neighbours(routes: Routes, columns: slice) -> Tensor:
     experts = routes.experts[:, columns]
     same = (experts[1:] == experts[:-1]).flatten(1).all(1)
-    if routes.valid is not None:
-        known = routes.valid[:, columns].all(1)
-        same &= known[1:] & known[:-1]
-    return same
+    known = routes.mask[:, columns].all(1)
+    return same & known[1:] & known[:-1]
 
 
 def _longest_run(same: Tensor) -> tuple[int, int]:
     """The last row and the length of the longest run of equal rows; ``same[i]``: i equals i+1."""
-    position = torch.arange(1, same.numel() + 1)
+    position = torch.arange(1, same.numel() + 1, device="cpu")
     start = torch.where(same, 0, position).cummax(0).values
     length, index = (position - start).max(0)
     return int(index) + 1, int(length) + 1
-
-
-def _read(payload: Any) -> tuple[Tensor, int | None]:
-    """The ids as sent, flat or ``[rows, axis, topk]``, and the start that the payload states."""
-    stated: int | None = None
-    if isinstance(payload, Mapping):
-        sent, stated = _read_mapping(payload)
-    elif isinstance(payload, tuple):
-        sent = _read_parts(payload)
-    elif isinstance(payload, (str, bytes, bytearray)):
-        sent = _read_text(payload)
-    elif isinstance(payload, (Tensor, list)) or _is_numpy(payload):
-        sent = _read_array(payload)
-    elif payload is None:
-        raise RoutesError(
-            "the engine returned no routes (None). For a sample that was aborted before its "
-            "prefill use Routes.missing; otherwise the engine's flag to return them is off."
-        )
-    else:
-        raise RoutesError(
-            f"a payload of type {type(payload).__name__} is none of the formats that engines send."
-        )
-    if sent.dim() not in (1, 3):
-        raise RoutesError(
-            f"the payload has shape {tuple(sent.shape)}, expected flat ids or [rows, layers, topk]."
-        )
-    return sent, stated
-
-
-def _read_mapping(payload: Mapping[str, Any]) -> tuple[Tensor, int | None]:
-    if "routed_experts" in payload:  # an engine's response, or SGLang's meta_info
-        ids, dtype = payload["routed_experts"], payload.get("routed_experts_dtype")
-        if payload.get("prompt_routed_experts") is not None:
-            ids = (payload["prompt_routed_experts"], ids)
-        if dtype is not None and isinstance(ids, (str, bytes, bytearray)):
-            sent, start = _read_text(ids, _dtype(dtype)), None
-        else:
-            sent, start = _read(ids)
-        return sent, payload.get("routed_experts_start_len", start)
-    if not {"data", "shape", "dtype"} <= payload.keys():
-        raise RoutesError(
-            f"a mapping with keys {sorted(map(str, payload))} is no payload: expected "
-            '"routed_experts", or "data", "shape" and "dtype".'
-        )
-    data = payload["data"]
-    if not isinstance(data, (str, bytes, bytearray, memoryview)):
-        raise RoutesError(f'"data" is {type(data).__name__}, expected base64 text or raw bytes.')
-    raw = _base64(data) if isinstance(data, str) else bytearray(data)
-    sent = _from_bytes(raw, _dtype(payload["dtype"]))
-    return _reshape(sent, tuple(payload["shape"])), payload.get("start")
-
-
-def _read_parts(parts: tuple[Any, ...]) -> Tensor:
-    """Prompt and generation apart, as vLLM 0.21 sends them."""
-    read = [signed(_read(part)[0]) for part in parts]
-    filled = [part for part in read if part.numel()]
-    if len({part.shape[1:] for part in filled}) > 1:
-        raise RoutesError(f"the parts have shapes {[tuple(part.shape) for part in filled]}.")
-    return torch.cat(filled) if filled else torch.empty(0, dtype=torch.int64)
-
-
-def _read_text(text: str | bytes | bytearray, dtype: torch.dtype = torch.int32) -> Tensor:
-    if isinstance(text, str) and text.startswith(_NEMO_MAGIC):
-        return _read_envelope(text)
-    raw = _base64(text)
-    if raw.startswith(_NPY_MAGIC):
-        return _read_npy(raw)
-    return _from_bytes(raw, dtype)
-
-
-def _read_envelope(text: str) -> Tensor:
-    """NeMo-RL: ``nrlre1:<dtype>:<rows>x<layers>x<topk>:<base64>``."""
-    fields = text.split(":", 3)
-    try:
-        _, dtype, shape, data = fields
-        sizes = tuple(int(size) for size in shape.split("x"))
-    except ValueError as error:
-        raise RoutesError(
-            f"{text[:40]!r}... is not nrlre1:<dtype>:<rows>x<layers>x<topk>:<base64>."
-        ) from error
-    return _reshape(_from_bytes(_base64(data), _dtype(dtype)), sizes)
-
-
-def _read_npy(raw: bytearray) -> Tensor:
-    try:
-        import numpy as np
-    except ImportError as error:
-        raise RoutesError('a .npy payload needs numpy: pip install "r3patch[rollout]".') from error
-    try:
-        return _read_array(np.load(io.BytesIO(raw), allow_pickle=False))
-    except Exception as error:  # numpy reads the header with Python's tokenizer and parser
-        raise RoutesError(f"the .npy payload is damaged: {error}.") from error
-
-
-def _is_numpy(payload: object) -> bool:
-    numpy = sys.modules.get("numpy")  # whoever holds an array has imported it
-    return numpy is not None and isinstance(payload, numpy.ndarray)
-
-
-def _read_array(array: Any) -> Tensor:
-    try:
-        if _is_numpy(array):
-            # Arrays from Ray's store are read-only, which torch takes only with a warning.
-            native = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
-            sent = torch.from_numpy(native if native.flags.writeable else native.copy())
-        else:
-            sent = array.detach().cpu() if isinstance(array, Tensor) else torch.tensor(array)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RoutesError(f"the payload is no array of ids: {error}.") from error
-    if not sent.numel() and not isinstance(array, Tensor):
-        return sent.to(torch.int64)  # an empty list has no dtype of its own
-    if sent.dtype.is_floating_point or sent.dtype.is_complex or sent.dtype == torch.bool:
-        raise RoutesError(f"the payload has dtype {sent.dtype}, expected integer expert ids.")
-    return sent
-
-
-def _base64(text: str | bytes | bytearray) -> bytearray:
-    try:
-        try:
-            from pybase64 import b64decode_as_bytearray
-        except ImportError:
-            return bytearray(base64.b64decode(text, validate=True))
-        return b64decode_as_bytearray(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RoutesError(
-            f"the payload {text[:24]!r}... is not base64 ({error}). Raw bytes need their shape: "
-            'pass {"data": ..., "shape": ..., "dtype": ...}. LMDeploy with '
-            "enable_transfer_obj_ref sends a key: fetch the array first."
-        ) from error
-
-
-def _dtype(name: object) -> torch.dtype:
-    short = str(name).removeprefix("torch.")
-    if short not in _DTYPES:
-        raise RoutesError(f"the payload's dtype is {name!r}, expected one of {_DTYPES}.")
-    dtype: torch.dtype = getattr(torch, short)
-    return dtype
-
-
-def _from_bytes(raw: bytearray, dtype: torch.dtype) -> Tensor:
-    if len(raw) % dtype.itemsize:
-        raise RoutesError(f"{len(raw)} bytes are not whole {dtype} ids: the payload is truncated.")
-    # torch.frombuffer refuses an empty buffer, which is what a start at the end leaves.
-    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-
-
-def _reshape(sent: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) != sent.numel():
-        raise RoutesError(f"the payload has {sent.numel()} ids, but states shape {shape}.")
-    return sent.view(shape)

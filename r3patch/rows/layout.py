@@ -138,10 +138,10 @@ class Layout:
         index = self._index(lengths)
         real = index >= 0
         # Sample by sample into place: joining the samples first would hold all of them twice.
-        place = torch.full((sum(lengths),), -1)
+        place = torch.full((sum(lengths),), -1, device="cpu")
         place[index[real]] = real.nonzero().squeeze(1)
         experts = like.experts.new_zeros(index.numel(), like.num_layers, like.topk)
-        valid = torch.zeros(index.numel(), like.num_layers, dtype=torch.bool)
+        valid = torch.zeros(index.numel(), like.num_layers, dtype=torch.bool, device="cpu")
         for sample, rows in zip(samples, torch.split(place, lengths), strict=True):
             here = rows >= 0
             if here.all():
@@ -149,7 +149,7 @@ class Layout:
             else:
                 kept, rows = sample[here], rows[here]
             experts.index_copy_(0, rows, kept.experts)
-            valid.index_copy_(0, rows, _valid(kept))
+            valid.index_copy_(0, rows, kept.mask)
         return Routes._checked(experts, like.layers, valid, like.num_experts)
 
     def place_ids(self, ids: Sequence[Tensor], pad: int = -1) -> Tensor:
@@ -222,19 +222,17 @@ class Layout:
         return tokens.view(self._cp_chunks, len(tokens) // self._cp_chunks)[own].flatten()
 
 
+# As for Routes: a controller sends layouts to ranks, and files may move.
+Layout.__module__ = "r3patch"
+
+
 def _tokens(lengths: list[int]) -> list[Tensor]:
     """The tokens of each sample, counted through the samples."""
-    return list(torch.split(torch.arange(sum(lengths)), lengths))
+    return list(torch.split(torch.arange(sum(lengths), device="cpu"), lengths))
 
 
 def _pad(tokens: Tensor, count: int, *, left: bool = False) -> Tensor:
     return torch.nn.functional.pad(tokens, (count, 0) if left else (0, count), value=-1)
-
-
-def _valid(routes: Routes) -> Tensor:
-    if routes.valid is not None:
-        return routes.valid
-    return torch.ones(routes.num_tokens, routes.num_layers, dtype=torch.bool)
 
 
 def _check_alike(samples: Sequence[Routes]) -> Routes:

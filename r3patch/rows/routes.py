@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
+from r3patch.rows import files
+from r3patch.rows.arrays import as_ids, as_mask, foreign, integer, signed
 
-_FORMAT = "r3patch.Routes"
-_VERSION = 1
 # Rows are checked in blocks of about this many ids: a block and its scratch stay in the cache.
 _BLOCK_IDS = 1 << 18
 
@@ -29,7 +28,8 @@ class Routes:
     Args:
         experts: ``[num_tokens, num_layers, topk]`` integers, a tensor or anything that
             ``torch.tensor`` takes. Copied; kept on the host as uint8 up to 256 experts and
-            as int16 above. The order of the ids within a row carries no meaning.
+            as int16 above. The order of the ids within a row carries no meaning. A row of -1
+            is invalid.
         layers: the 1-based Megatron layer number of each column, unique.
         valid: ``[num_tokens]`` or ``[num_tokens, num_layers]`` bool, False where no routes are
             known; None means that every row is valid. Ids of invalid rows are ignored and
@@ -59,7 +59,11 @@ class Routes:
         *,
         num_experts: int,
     ) -> None:
-        wide = _as_ids(experts)
+        wide = as_ids(experts, "experts")
+        if wide.dim() != 3:
+            raise RoutesError(
+                f"experts has shape {tuple(wide.shape)}, expected [num_tokens, num_layers, topk]."
+            )
         layers = check_layers(layers)
         num_tokens, num_layers, topk = wide.shape
         if len(layers) != num_layers:
@@ -67,18 +71,19 @@ class Routes:
                 f"experts has {num_layers} layers (shape {tuple(wide.shape)}) but layers names "
                 f"{len(layers)}: pass one Megatron layer number per column."
             )
-        check_sizes(topk, num_experts)
-        if valid is not None:
-            valid = _as_valid(valid, num_tokens, num_layers)
-        ids = torch.empty(wide.shape, dtype=stored_dtype(num_experts))
+        topk, num_experts = check_sizes(topk, num_experts)
+        mask = None if valid is None else _valid(valid, num_tokens, num_layers)
+        ids = torch.empty(wide.shape, dtype=stored_dtype(num_experts), device="cpu")
         bad = narrow(wide, ids, num_experts)
-        if valid is not None:
-            ids.masked_fill_(~valid.unsqueeze(-1), 0)
-        if bad is not None and valid is not None:
-            bad &= valid
+        if bad is not None:
+            known = ~(signed(wide) == -1).all(-1)
+            mask = known if mask is None else mask & known
+            bad &= mask
+        if mask is not None:
+            ids.masked_fill_(~mask.unsqueeze(-1), 0)
         if bad is not None and bad.any():
             _raise_bad_row(wide, layers, bad, num_experts)
-        self._set(ids, layers, valid, num_experts)
+        self._set(ids, layers, mask, num_experts)
 
     def _set(
         self, experts: Tensor, layers: tuple[int, ...], valid: Tensor | None, num_experts: int
@@ -102,11 +107,10 @@ class Routes:
     def missing(cls, num_tokens: int, layers: Iterable[int], topk: int, num_experts: int) -> Routes:
         """Routes without one valid row, for a sample whose routes the engine did not return."""
         layers = check_layers(layers)
-        check_sizes(topk, num_experts)
-        if num_tokens < 0:
-            raise RoutesError(f"num_tokens is {num_tokens}, expected 0 or more.")
-        experts = torch.zeros(num_tokens, len(layers), topk, dtype=stored_dtype(num_experts))
-        valid = torch.zeros(num_tokens, len(layers), dtype=torch.bool)
+        topk, num_experts = check_sizes(topk, num_experts)
+        shape = (integer(num_tokens, "num_tokens", 0), len(layers), topk)
+        experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
+        valid = torch.zeros(shape[:2], dtype=torch.bool, device="cpu")
         return cls._checked(experts, layers, valid, num_experts)
 
     @property
@@ -122,9 +126,16 @@ class Routes:
         return self.experts.shape[2]
 
     @property
+    def mask(self) -> Tensor:
+        """``[num_tokens, num_layers] bool``: ``valid``, or True everywhere where that is None."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.experts.shape[:2], dtype=torch.bool, device="cpu")
+
+    @property
     def invalid_rows(self) -> int:
         """How many of the ``num_tokens * num_layers`` rows are invalid."""
-        return 0 if self.valid is None else self.valid.numel() - int(self.valid.sum())
+        return 0 if self.valid is None else int((~self.valid).sum())
 
     def select(self, layers: Iterable[int]) -> Routes:
         """The columns of these layers, in this order: the part that a pipeline stage needs.
@@ -151,7 +162,7 @@ class Routes:
         Always a copy, because pickling a view would send the whole storage along.
         """
         if isinstance(tokens, slice):
-            tokens = torch.arange(self.num_tokens)[tokens]
+            tokens = torch.arange(self.num_tokens, device="cpu")[tokens]
         elif not isinstance(tokens, Tensor) or tokens.dtype not in (torch.bool, torch.int64):
             # torch takes a uint8 index for a mask, and an int would drop the token axis.
             got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -193,14 +204,15 @@ class Routes:
         layers = tuple(dict.fromkeys(layer for part in parts for layer in part.layers))
         num_tokens = max(part.num_tokens for part in parts)
         topk, num_experts = parts[0].topk, parts[0].num_experts
-        experts = torch.zeros(num_tokens, len(layers), topk, dtype=stored_dtype(num_experts))
-        valid = torch.zeros(num_tokens, len(layers), dtype=torch.bool)
+        shape = (num_tokens, len(layers), topk)
+        experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
+        valid = torch.zeros(shape[:2], dtype=torch.bool, device="cpu")
         for number, part in enumerate(parts):
             rows = slice(0, part.num_tokens)
             columns = _positions(part.layers, layers)
             known = valid[rows].index_select(1, columns)
             ids = experts[rows].index_select(1, columns)
-            take = torch.ones_like(known) if part.valid is None else part.valid
+            take = part.mask
             if keep == "error":
                 _check_agreement(ids, part, known & take, number)
             if keep != "latest":
@@ -211,16 +223,13 @@ class Routes:
         return cls._checked(experts, layers, valid, num_experts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the routes to a file that ``Routes.load`` reads."""
-        state = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "experts": self.experts,
-            "layers": list(self.layers),
-            "valid": self.valid,
-            "num_experts": self.num_experts,
-        }
-        torch.save(state, path)
+        """Writes the routes to a safetensors file that ``Routes.load`` and other tools read.
+
+        Raises:
+            RoutesError: safetensors or numpy is missing, which the extra ``rollout`` installs.
+            OSError: the file cannot be written.
+        """
+        files.write(path, files.Contents(self.layers, self.num_experts, self.experts, self.valid))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Routes:
@@ -230,38 +239,20 @@ class Routes:
             RoutesError: the file is something else, damaged, or of another version.
             OSError: the file cannot be read.
         """
+        held = files.read(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # torch.load raises a dozen kinds on foreign bytes
-            raise RoutesError(
-                f"{os.fspath(path)} is not a file of Routes.save, or is damaged "
-                f"({type(error).__name__})."
-            ) from error
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise RoutesError(f"{os.fspath(path)} is a torch file, but not one of Routes.save.")
-        if state.get("version") != _VERSION:
-            raise RoutesError(
-                f"{os.fspath(path)} has format version {state.get('version')!r}, this r3patch "
-                f"reads {_VERSION}: save it again or install the r3patch that wrote it."
-            )
-        try:
-            fields = (state["experts"], state["layers"], state["valid"])
-            return cls(*fields, num_experts=state["num_experts"])
-        except (KeyError, TypeError) as error:
-            raise RoutesError(f"{os.fspath(path)} is damaged: {error!r}.") from error
+            return cls(held.experts, held.layers, held.valid, num_experts=held.num_experts)
+        except RoutesError as error:
+            raise RoutesError(f"{os.fspath(path)} is damaged: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Routes):
             return NotImplemented
-        if (self.layers, self.num_experts) != (other.layers, other.num_experts):
-            return False
-        if (self.valid is None) != (other.valid is None):
-            return False
-        if self.valid is not None and other.valid is not None:
-            return torch.equal(self.valid, other.valid) and torch.equal(self.experts, other.experts)
-        return torch.equal(self.experts, other.experts)
+        return (
+            (self.layers, self.num_experts) == (other.layers, other.num_experts)
+            and torch.equal(self.experts, other.experts)
+            and torch.equal(self.mask, other.mask)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -272,29 +263,35 @@ class Routes:
         )
 
 
+# Pickles and tracebacks say ``r3patch.Routes``, wherever the class lives in the package.
+Routes.__module__ = "r3patch"
+
+
 def stored_dtype(num_experts: int) -> torch.dtype:
     """The narrowest dtype that Megatron-side indexing can widen again: uint8, else int16."""
     return torch.uint8 if num_experts <= 256 else torch.int16
 
 
-def check_sizes(topk: int, num_experts: int) -> None:
-    """Raises RoutesError unless ``1 <= topk <= num_experts <= 32768``."""
-    if not 1 <= num_experts <= 32768:
-        raise RoutesError(f"num_experts is {num_experts}, expected 1 to 32768.")
-    if not 1 <= topk <= num_experts:
+def check_sizes(topk: int, num_experts: int) -> tuple[int, int]:
+    """Both as ints; RoutesError unless ``1 <= topk <= num_experts <= 32768``."""
+    num_experts = integer(num_experts, "num_experts", 1, 32768)
+    if integer(topk, "topk", 0) not in range(1, num_experts + 1):
         raise RoutesError(
             f"topk is {topk} with {num_experts} experts: a row holds topk distinct expert ids."
         )
+    return int(topk), num_experts
 
 
 def check_layers(layers: Iterable[int]) -> tuple[int, ...]:
     """The layer numbers as a tuple of ints, all of them unique and 1 or more."""
-    given = tuple(layers)
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in given):
+    with foreign("layers is no sequence of Megatron layer numbers"):
+        given = tuple(layers)
+    try:
+        numbers = tuple(integer(number, "a layer", 1) for number in given)
+    except RoutesError:
         raise RoutesError(
             f"layers is {given}, expected 1-based Megatron layer numbers (int, 1 or more)."
-        )
-    numbers = tuple(int(n) for n in given)
+        ) from None
     if len(set(numbers)) != len(numbers):
         twice = sorted({n for n in numbers if numbers.count(n) > 1})
         raise RoutesError(f"layers names {twice} more than once.")
@@ -324,7 +321,8 @@ def narrow(
         into[rows] = block
         found = _bad_rows(block, into[rows], num_experts)
         if found is not None:
-            bad = torch.zeros(num_tokens, num_layers, dtype=torch.bool) if bad is None else bad
+            if bad is None:
+                bad = torch.zeros(num_tokens, num_layers, dtype=torch.bool, device="cpu")
             bad[rows] = found
     return bad
 
@@ -354,41 +352,8 @@ def _repeated(ids: Tensor) -> Tensor | None:
     return None if repeated is None else repeated.view(ids.shape[:-1])
 
 
-def _as_ids(experts: Any) -> Tensor:
-    try:
-        wide = experts.detach() if isinstance(experts, Tensor) else torch.tensor(experts)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RoutesError(f"experts cannot be made a tensor: {error}.") from error
-    if wide.dim() != 3:
-        raise RoutesError(
-            f"experts has shape {tuple(wide.shape)}, expected [num_tokens, num_layers, topk]."
-        )
-    if wide.dtype.is_floating_point or wide.dtype.is_complex or wide.dtype == torch.bool:
-        # An empty list has no dtype of its own.
-        if wide.numel() or isinstance(experts, Tensor):
-            raise RoutesError(f"experts has dtype {wide.dtype}, expected integer expert ids.")
-        wide = wide.to(torch.int64)
-    return wide.cpu()
-
-
-def signed(ids: Tensor) -> Tensor:
-    """The same ids in a dtype that torch computes with: it lacks most of uint16/32/64."""
-    if ids.dtype == torch.uint16:
-        return ids.to(torch.int32)
-    if ids.dtype == torch.uint32:
-        return ids.to(torch.int64)
-    if ids.dtype == torch.uint64:
-        return ids.view(torch.int64)  # 2**63 and more turn negative: out of range either way
-    return ids
-
-
-def _as_valid(valid: Any, num_tokens: int, num_layers: int) -> Tensor:
-    try:
-        mask = valid.detach().cpu() if isinstance(valid, Tensor) else torch.tensor(valid)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RoutesError(f"valid cannot be made a tensor: {error}.") from error
-    if mask.dtype != torch.bool and (mask.numel() or isinstance(valid, Tensor)):
-        raise RoutesError(f"valid has dtype {mask.dtype}, expected bool.")
+def _valid(valid: Any, num_tokens: int, num_layers: int) -> Tensor:
+    mask = as_mask(valid, "valid")
     if mask.shape == (num_tokens,):
         mask = mask.unsqueeze(1).expand(num_tokens, num_layers)
     if mask.shape != (num_tokens, num_layers):
@@ -411,7 +376,7 @@ def _raise_bad_row(wide: Tensor, layers: tuple[int, ...], bad: Tensor, num_exper
 
 def _positions(layers: tuple[int, ...], within: tuple[int, ...]) -> Tensor:
     column = {layer: index for index, layer in enumerate(within)}
-    return torch.tensor([column[layer] for layer in layers], dtype=torch.int64)
+    return torch.tensor([column[layer] for layer in layers], dtype=torch.int64, device="cpu")
 
 
 def _check_same_kind(parts: list[Routes]) -> None:
