@@ -72,6 +72,27 @@ def as_mask(array: Any, what: str) -> Tensor:
     return mask.to(torch.bool)
 
 
+def as_tokens(array: Any, what: str, num_tokens: int | None = None) -> Tensor:
+    """Token ids as ``[num_tokens] int32`` on the host, a copy; -1 stands for no token.
+
+    Raises:
+        RoutesError: no array of integers, another shape, or an id outside ``[-1, 2**31)``.
+    """
+    ids = as_ids(array, what)
+    if ids.dim() != 1 or num_tokens not in (None, ids.numel()):
+        raise RoutesError(
+            f"{what} has shape {tuple(ids.shape)}, expected "
+            f"[{'num_tokens' if num_tokens is None else num_tokens}]."
+        )
+    wide = signed(ids).to(torch.int64)
+    if wide.numel() and not -1 <= int(wide.min()) <= int(wide.max()) < 2**31:
+        raise RoutesError(
+            f"{what} holds {int(wide.min())} to {int(wide.max())}, expected token ids, or -1 for "
+            "none."
+        )
+    return wide.to(torch.int32)
+
+
 def signed(ids: Tensor) -> Tensor:
     """The same ids in a dtype that torch computes with: it lacks most of uint16/32/64."""
     if ids.dtype == torch.uint16:

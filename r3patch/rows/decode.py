@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.rows.arrays import foreign, integer, signed
+from r3patch.rows.arrays import as_tokens, foreign, integer, signed
 from r3patch.rows.payloads import read
 from r3patch.rows.routes import Routes, check_layers, check_sizes, narrow, stored_dtype
 
@@ -32,7 +32,8 @@ _MOST_LAYERS = 1 << 16
 def decode(
     payload: Any,
     *,
-    num_tokens: int,
+    tokens: Any = None,
+    num_tokens: int | None = None,
     num_experts: int,
     topk: int,
     num_layers: int,
@@ -51,7 +52,10 @@ def decode(
 
     Args:
         payload: what the engine returned.
-        num_tokens: prompt and response tokens together, exactly those the engine saw.
+        tokens: ``[num_tokens]`` ids of prompt and response together, exactly those that the
+            engine was fed and sampled, not the trainer's own tokenization. They stay with the
+            rows, and a session compares them with what the model is fed.
+        num_tokens: how many they are, where the ids are not at hand: one of the two.
         num_experts: routed experts per MoE layer, without redundant copies.
         topk: experts per token.
         num_layers: decoder layers of the model, dense ones included and MTP layers not.
@@ -75,13 +79,14 @@ def decode(
     try:
         topk, num_experts = check_sizes(topk, num_experts)
         num_layers = integer(num_layers, "num_layers", 1, _MOST_LAYERS)
-        num_tokens = integer(num_tokens, "num_tokens", 0)
+        ids, num_tokens = _tokens(tokens, num_tokens)
         layers = _check_moe_layers(num_layers, moe_layers)
         sent, stated = read(payload)
         first = _first_token(sent, stated, num_tokens, num_layers * topk, start)
         wide = _shape(sent, num_layers, topk)[: max(0, num_tokens - 1 - first)]
         columns = _columns(wide.shape[1], num_layers, layers)
         routes, trouble = _place_rows(wide, columns, first, num_tokens, layers, num_experts)
+        routes.tokens = ids
         if trouble and on_bad_rows == "error":
             raise RoutesError(trouble)
     except RoutesError as error:
@@ -171,6 +176,16 @@ class _BadRows(NamedTuple):
             f"{self.tokens.numel()} of {rows * len(layers)} rows are bad, the first at token "
             f"{first + token}, layer {layers[column]}: experts {ids.tolist()}. {cause}"
         )
+
+
+def _tokens(tokens: Any, num_tokens: int | None) -> tuple[Tensor | None, int]:
+    """The token ids, if they are given, and how many they are."""
+    if (tokens is None) == (num_tokens is None):
+        raise RoutesError("give the sample's token ids, tokens=, or else num_tokens=: one of both.")
+    if tokens is None:
+        return None, integer(num_tokens, "num_tokens", 0)
+    ids = as_tokens(tokens, "tokens")
+    return ids, ids.numel()
 
 
 def _check_moe_layers(num_layers: int, moe_layers: Iterable[int] | None) -> tuple[int, ...]:

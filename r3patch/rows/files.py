@@ -22,7 +22,7 @@ FORMAT = "r3patch.Routes"
 _VERSION = "2"
 _TORCH_VERSION = 1
 _TORCH_MAGIC = b"PK"  # torch.save writes a zip archive
-_ARRAYS = ("experts", "valid")
+_ARRAYS = ("experts", "valid", "tokens")
 
 
 class Contents(NamedTuple):
@@ -32,6 +32,7 @@ class Contents(NamedTuple):
     num_experts: Any
     experts: Any
     valid: Any = None
+    tokens: Any = None  # not in version 1
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -96,7 +97,7 @@ def _read_torch(path: str) -> Contents:
         raise RoutesError(f"{path} is a torch file, but not one of Routes.save.")
     _check_kind(path, state, _TORCH_VERSION)
     with foreign(f"{path} is damaged"):
-        contents = Contents(*(state[name] for name in Contents._fields))
+        contents = Contents(*(state[name] for name in Contents._fields[:-1]))
         for array in (contents.experts, contents.valid):
             if isinstance(array, Tensor):
                 _check_memory(path, array)

@@ -7,6 +7,7 @@ own and no stage offset is ever computed.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from r3patch._errors import RoutesError
 from r3patch.rows import files
-from r3patch.rows.arrays import as_ids, as_mask, foreign, integer, signed
+from r3patch.rows.arrays import as_ids, as_mask, as_tokens, foreign, integer, signed
+
+logger = logging.getLogger(__name__)
 
 # Rows are checked in blocks of about this many ids: a block and its scratch stay in the cache.
 _BLOCK_IDS = 1 << 18
@@ -35,20 +38,24 @@ class Routes:
             known; None means that every row is valid. Ids of invalid rows are ignored and
             stored as zeros.
         num_experts: routed experts per MoE layer.
+        tokens: ``[num_tokens]`` token ids that the rows were computed for, -1 for none (padding);
+            kept on the host as int32. They travel with the rows, so that rows of other tokens
+            can be told; None where nobody knows them.
 
     Attributes:
         bad_rows: rows that ``decode(..., on_bad_rows="invalid")`` found bad and marked invalid.
             Not carried over by the methods, nor compared by ``==``.
 
     Raises:
-        RoutesError: a shape, dtype or layer number is wrong, or a valid row has an id outside
-            ``[0, num_experts)`` or the same id twice.
+        RoutesError: a shape, dtype, layer number or token is wrong, or a valid row has an id
+            outside ``[0, num_experts)`` or the same id twice.
     """
 
     experts: Tensor
     layers: tuple[int, ...]
     valid: Tensor | None
     num_experts: int
+    tokens: Tensor | None
     bad_rows: int
 
     def __init__(
@@ -58,6 +65,7 @@ class Routes:
         valid: Tensor | Any | None = None,
         *,
         num_experts: int,
+        tokens: Tensor | Any | None = None,
     ) -> None:
         wide = as_ids(experts, "experts")
         if wide.dim() != 3:
@@ -83,35 +91,57 @@ class Routes:
             ids.masked_fill_(~mask.unsqueeze(-1), 0)
         if bad is not None and bad.any():
             _raise_bad_row(wide, layers, bad, num_experts)
-        self._set(ids, layers, mask, num_experts)
+        if tokens is not None:
+            tokens = as_tokens(tokens, "tokens", num_tokens)
+        self._set(ids, layers, mask, num_experts, tokens)
 
     def _set(
-        self, experts: Tensor, layers: tuple[int, ...], valid: Tensor | None, num_experts: int
+        self,
+        experts: Tensor,
+        layers: tuple[int, ...],
+        valid: Tensor | None,
+        num_experts: int,
+        tokens: Tensor | None,
     ) -> None:
         # One form for "every row is valid", so that equal routes have equal attributes.
         if valid is not None and bool(valid.all()):
             valid = None
         self.experts, self.layers, self.valid = experts, layers, valid
-        self.num_experts, self.bad_rows = num_experts, 0
+        self.num_experts, self.tokens, self.bad_rows = num_experts, tokens, 0
 
     @classmethod
     def _checked(
-        cls, experts: Tensor, layers: tuple[int, ...], valid: Tensor | None, num_experts: int
+        cls,
+        experts: Tensor,
+        layers: tuple[int, ...],
+        valid: Tensor | None,
+        num_experts: int,
+        tokens: Tensor | None = None,
     ) -> Routes:
         """Builds from tensors that hold every invariant already, without copy or check."""
         routes = cls.__new__(cls)
-        routes._set(experts, layers, valid, num_experts)
+        routes._set(experts, layers, valid, num_experts, tokens)
         return routes
 
     @classmethod
-    def missing(cls, num_tokens: int, layers: Iterable[int], topk: int, num_experts: int) -> Routes:
+    def missing(
+        cls,
+        num_tokens: int,
+        layers: Iterable[int],
+        topk: int,
+        num_experts: int,
+        *,
+        tokens: Tensor | Any | None = None,
+    ) -> Routes:
         """Routes without one valid row, for a sample whose routes the engine did not return."""
         layers = check_layers(layers)
         topk, num_experts = check_sizes(topk, num_experts)
         shape = (integer(num_tokens, "num_tokens", 0), len(layers), topk)
         experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
         valid = torch.zeros(shape[:2], dtype=torch.bool, device="cpu")
-        return cls._checked(experts, layers, valid, num_experts)
+        if tokens is not None:
+            tokens = as_tokens(tokens, "tokens", shape[0])
+        return cls._checked(experts, layers, valid, num_experts, tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -154,23 +184,25 @@ class Routes:
             return self
         columns = _positions(layers, self.layers)
         valid = None if self.valid is None else self.valid.index_select(1, columns)
-        return self._checked(self.experts.index_select(1, columns), layers, valid, self.num_experts)
+        experts = self.experts.index_select(1, columns)
+        return self._checked(experts, layers, valid, self.num_experts, self.tokens)
 
-    def __getitem__(self, tokens: slice | Tensor) -> Routes:
+    def __getitem__(self, index: slice | Tensor) -> Routes:
         """The rows of some tokens: a slice, a bool mask or int64 positions ``[n]``.
 
         Always a copy, because pickling a view would send the whole storage along.
         """
-        if isinstance(tokens, slice):
-            tokens = torch.arange(self.num_tokens, device="cpu")[tokens]
-        elif not isinstance(tokens, Tensor) or tokens.dtype not in (torch.bool, torch.int64):
+        if isinstance(index, slice):
+            index = torch.arange(self.num_tokens, device="cpu")[index]
+        elif not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.int64):
             # torch takes a uint8 index for a mask, and an int would drop the token axis.
-            got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise RoutesError(
                 f"routes[...] got {got}, expected a slice, a bool mask or an int64 tensor."
             )
-        valid = None if self.valid is None else self.valid[tokens]
-        return self._checked(self.experts[tokens], self.layers, valid, self.num_experts)
+        valid = None if self.valid is None else self.valid[index]
+        tokens = None if self.tokens is None else self.tokens[index]
+        return self._checked(self.experts[index], self.layers, valid, self.num_experts, tokens)
 
     @classmethod
     def join(
@@ -182,8 +214,11 @@ class Routes:
         """Routes of one sequence from parts of it: turns, resumed rollouts, pipeline stages.
 
         Row i of every part belongs to token i of the same sequence; a part may end early. The
-        result has the tokens of the longest part and the layers of all parts. A row is taken
-        from a part where it is valid.
+        result has the layers of all parts. A row is taken from a part where it is valid.
+
+        Parts with tokens: the last part is the truth and the result has its tokens. An earlier
+        part counts up to where it leaves them, as it does where a chat template renders history
+        anew. Parts without tokens: the result has as many as the longest part.
 
         Args:
             parts: in the order in which the engine answered.
@@ -192,8 +227,9 @@ class Routes:
                 ran on the newest weights. ``"error"``: they must be the same set.
 
         Raises:
-            RoutesError: no parts, different ``topk`` or ``num_experts``, or under ``"error"``
-                two parts that disagree about a row.
+            RoutesError: no parts, different ``topk`` or ``num_experts``, tokens in some parts
+                only, a part whose first token is not the last part's, or under ``"error"`` two
+                parts that disagree about a row.
         """
         if keep not in ("error", "first", "latest"):
             raise RoutesError(f'keep is {keep!r}, expected "error", "first" or "latest".')
@@ -201,6 +237,9 @@ class Routes:
         if not parts:
             raise RoutesError("Routes.join got no parts; for no routes use Routes.missing.")
         _check_same_kind(parts)
+        tokens = parts[-1].tokens if have_tokens(parts, "part") else None
+        if tokens is not None:
+            parts = [_cut(part, tokens, number) for number, part in enumerate(parts)]
         layers = tuple(dict.fromkeys(layer for part in parts for layer in part.layers))
         num_tokens = max(part.num_tokens for part in parts)
         topk, num_experts = parts[0].topk, parts[0].num_experts
@@ -220,7 +259,7 @@ class Routes:
             ids = torch.where(take.unsqueeze(-1), part.experts, ids)
             experts[rows].index_copy_(1, columns, ids)
             valid[rows].index_copy_(1, columns, known | take)
-        return cls._checked(experts, layers, valid, num_experts)
+        return cls._checked(experts, layers, valid, num_experts, tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the routes to a safetensors file that ``Routes.load`` and other tools read.
@@ -229,7 +268,10 @@ class Routes:
             RoutesError: safetensors or numpy is missing, which the extra ``rollout`` installs.
             OSError: the file cannot be written.
         """
-        files.write(path, files.Contents(self.layers, self.num_experts, self.experts, self.valid))
+        files.write(
+            path,
+            files.Contents(self.layers, self.num_experts, self.experts, self.valid, self.tokens),
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Routes:
@@ -241,7 +283,13 @@ class Routes:
         """
         held = files.read(path)
         try:
-            return cls(held.experts, held.layers, held.valid, num_experts=held.num_experts)
+            return cls(
+                held.experts,
+                held.layers,
+                held.valid,
+                num_experts=held.num_experts,
+                tokens=held.tokens,
+            )
         except RoutesError as error:
             raise RoutesError(f"{os.fspath(path)} is damaged: {error}") from error
 
@@ -252,6 +300,7 @@ class Routes:
             (self.layers, self.num_experts) == (other.layers, other.num_experts)
             and torch.equal(self.experts, other.experts)
             and torch.equal(self.mask, other.mask)
+            and _equal_tokens(self.tokens, other.tokens)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -259,7 +308,8 @@ class Routes:
     def __repr__(self) -> str:
         return (
             f"Routes(num_tokens={self.num_tokens}, layers={_span(self.layers)}, topk={self.topk}, "
-            f"num_experts={self.num_experts}, invalid_rows={self.invalid_rows})"
+            f"num_experts={self.num_experts}, invalid_rows={self.invalid_rows}"
+            f"{'' if self.tokens is None else ', with tokens'})"
         )
 
 
@@ -377,6 +427,42 @@ def _raise_bad_row(wide: Tensor, layers: tuple[int, ...], bad: Tensor, num_exper
 def _positions(layers: tuple[int, ...], within: tuple[int, ...]) -> Tensor:
     column = {layer: index for index, layer in enumerate(within)}
     return torch.tensor([column[layer] for layer in layers], dtype=torch.int64, device="cpu")
+
+
+def have_tokens(parts: Sequence[Routes], noun: str) -> bool:
+    """Whether all the parts have tokens; RoutesError where some have and others have not."""
+    without = [number for number, part in enumerate(parts) if part.tokens is None]
+    if without and len(without) < len(parts):
+        raise RoutesError(
+            f"{noun} {without[0]} has no tokens and others have: give tokens= to all of them, "
+            "Routes.missing too, or to none."
+        )
+    return not without
+
+
+def _cut(part: Routes, truth: Tensor, number: int) -> Routes:
+    """The part up to where its tokens leave the truth."""
+    assert part.tokens is not None
+    length = min(part.num_tokens, truth.numel())
+    differs = (part.tokens[:length] != truth[:length]).nonzero()
+    shared = int(differs[0]) if differs.numel() else length
+    if shared == part.num_tokens:
+        return part
+    if not shared:
+        raise RoutesError(
+            f"part {number} shares no token with the last part: it begins with "
+            f"{part.tokens[:4].tolist()}, the last one with {truth[:4].tolist()}. Parts begin at "
+            "the first token of one and the same sequence."
+        )
+    logger.info(
+        "Routes.join: part %d leaves the last part's tokens at token %d; its %d rows from there "
+        "on are dropped.", number, shared, part.num_tokens - shared,
+    )  # fmt: skip
+    return part[:shared]
+
+
+def _equal_tokens(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _check_same_kind(parts: list[Routes]) -> None:

@@ -6,16 +6,15 @@ import dataclasses
 import math
 import sys
 import types
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from microbatches import Case, layouts
 
 from r3patch import Layout, Routes, RoutesError
 
-Case: TypeAlias = "tuple[Layout, list[int]]"
 PAD = None
 TOPK, EXPERTS, LAYERS = 2, 300, (2, 5)
 
@@ -74,30 +73,6 @@ def oracle(layout: Layout, lengths: list[int]) -> list[tuple[int, int] | None]:
         part = len(mine) // layout.tp_size
         mine = mine[layout.tp_rank * part : (layout.tp_rank + 1) * part]
     return mine
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> tuple[Layout, list[int]]:
-    """A layout that can cut every microbatch, and the lengths of one."""
-    tp, cp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4]))
-    lengths = draw(st.lists(st.integers(0, 21), min_size=1, max_size=5))
-    fields: dict[str, Any] = {
-        "tp_size": tp,
-        "tp_rank": draw(st.integers(0, tp - 1)),
-        "cp_size": cp,
-        "cp_rank": draw(st.integers(0, cp - 1)),
-        "sequence_parallel": draw(st.booleans()),
-        "packed": draw(st.booleans()),
-        "cp_order": draw(st.sampled_from(["zigzag", "contiguous"])),
-    }
-    even = 2 * cp * tp
-    if fields["packed"]:
-        fields["align"] = draw(st.sampled_from([1, 2, 3, 8]))
-        fields["pad_to_multiple"] = even * draw(st.integers(1, 3))
-    else:
-        fields["seq_length"] = even * draw(st.integers(math.ceil(21 / even), 12))
-        fields["padding_side"] = draw(st.sampled_from(["right", "left"]))
-    return Layout(**fields), lengths
 
 
 @settings(max_examples=300, deadline=None)

@@ -115,7 +115,7 @@ def test_a_file_with_impossible_rows_is_refused(
     if version == 1:
         torch.save(state, path)
     else:
-        files.write(path, files.Contents(*(state[name] for name in files.Contents._fields)))
+        files.write(path, files.Contents(*(state.get(name) for name in files.Contents._fields)))
     with pytest.raises(RoutesError, match=message):
         Routes.load(path)
 
