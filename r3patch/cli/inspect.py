@@ -49,10 +49,11 @@ def run(args: argparse.Namespace) -> int:
 def load(path: str, args: argparse.Namespace) -> Routes:
     """Routes from a file of any kind that `add_arguments` names, told apart by content."""
     from r3patch.rows.decode import decode
+    from r3patch.rows.files import is_one
     from r3patch.rows.routes import Routes
 
     data = Path(path).read_bytes()
-    if data[:2] == b"PK":  # a zip archive, which torch.save writes
+    if is_one(data):
         return Routes.load(path)
     names = ("num_tokens", "num_experts", "topk", "num_layers")
     absent = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]

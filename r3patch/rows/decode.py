@@ -14,10 +14,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from r3patch._errors import RoutesError
+from r3patch._errors import RoutesError, UnsupportedRoutingError
+from r3patch._layers import Sizes, sizes
 from r3patch.rows.arrays import as_tokens, foreign, integer, signed
+from r3patch.rows.checks import check_layers, check_sizes, narrow, stored_dtype
 from r3patch.rows.payloads import read
-from r3patch.rows.routes import Routes, check_layers, check_sizes, narrow, stored_dtype
+from r3patch.rows.routes import Routes
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,10 @@ def decode(
     *,
     tokens: Any = None,
     num_tokens: int | None = None,
-    num_experts: int,
-    topk: int,
-    num_layers: int,
+    config: Any = None,
+    num_experts: int | None = None,
+    topk: int | None = None,
+    num_layers: int | None = None,
     moe_layers: Iterable[int] | None = None,
     start: int = 0,
     on_bad_rows: Literal["error", "invalid"] = "error",
@@ -56,11 +59,14 @@ def decode(
             engine was fed and sampled, not the trainer's own tokenization. They stay with the
             rows, and a session compares them with what the model is fed.
         num_tokens: how many they are, where the ids are not at hand: one of the two.
+        config: of Megatron or Hugging Face, as `moe_layers` takes it. It says the four sizes that
+            follow; one that is given as well counts more.
         num_experts: routed experts per MoE layer, without redundant copies.
         topk: experts per token.
         num_layers: decoder layers of the model, dense ones included and MTP layers not.
         moe_layers: ascending 1-based numbers of the MoE layers, ``r3patch.moe_layers(config)``;
-            None says that all layers are. Leave out layers that are routed by token id (hash).
+            None without a config says that all layers are. Leave out layers that are routed by
+            token id (hash).
         start: the offset that the request asked for. Rows before it come out invalid. A server
             that ignored it and sent all rows is recognised by the count.
         on_bad_rows: ``"error"``, or ``"invalid"`` to mark bad rows, log a warning and count them
@@ -77,15 +83,15 @@ def decode(
     if on_bad_rows not in ("error", "invalid"):
         raise RoutesError(f'on_bad_rows is {on_bad_rows!r}, expected "error" or "invalid".')
     try:
-        topk, num_experts = check_sizes(topk, num_experts)
-        num_layers = integer(num_layers, "num_layers", 1, _MOST_LAYERS)
-        ids, num_tokens = _tokens(tokens, num_tokens)
-        layers = _check_moe_layers(num_layers, moe_layers)
+        model = model_sizes(
+            config, num_experts=num_experts, topk=topk, num_layers=num_layers, moe_layers=moe_layers
+        )
+        ids, num_tokens = count_tokens(tokens, num_tokens)
         sent, stated = read(payload)
-        first = _first_token(sent, stated, num_tokens, num_layers * topk, start)
-        wide = _shape(sent, num_layers, topk)[: max(0, num_tokens - 1 - first)]
-        columns = _columns(wide.shape[1], num_layers, layers)
-        routes, trouble = _place_rows(wide, columns, first, num_tokens, layers, num_experts)
+        first = _first_token(sent, stated, num_tokens, model, start)
+        wide = _shape(sent, model)[: max(0, num_tokens - 1 - first)]
+        columns = _columns(wide.shape[1], model)
+        routes, trouble = _place_rows(wide, columns, first, num_tokens, model)
         routes.tokens = ids
         if trouble and on_bad_rows == "error":
             raise RoutesError(trouble)
@@ -102,10 +108,10 @@ def _place_rows(
     columns: slice | Tensor,
     first: int,
     num_tokens: int,
-    layers: tuple[int, ...],
-    num_experts: int,
+    model: Sizes,
 ) -> tuple[Routes, str | None]:
     """The routes, with rows that cannot be routes marked invalid, and what is wrong with those."""
+    layers, num_experts = model.moe_layers, model.num_experts
     shape = (num_tokens, len(layers), wide.shape[2])
     with foreign(f"no memory for rows of shape {shape}"):
         experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
@@ -159,7 +165,7 @@ class _BadRows(NamedTuple):
         elif zero[0]:
             cause = (
                 "A row of zeros was never captured: prefill/decode disaggregation without a "
-                "merge of both answers, or n-gram speculation."
+                "merge of both answers, n-gram speculation, or the prompt of a hybrid model."
             )
         elif (ids >= num_experts).any():
             cause = (
@@ -178,7 +184,7 @@ class _BadRows(NamedTuple):
         )
 
 
-def _tokens(tokens: Any, num_tokens: int | None) -> tuple[Tensor | None, int]:
+def count_tokens(tokens: Any, num_tokens: int | None) -> tuple[Tensor | None, int]:
     """The token ids, if they are given, and how many they are."""
     if (tokens is None) == (num_tokens is None):
         raise RoutesError("give the sample's token ids, tokens=, or else num_tokens=: one of both.")
@@ -186,6 +192,24 @@ def _tokens(tokens: Any, num_tokens: int | None) -> tuple[Tensor | None, int]:
         return None, integer(num_tokens, "num_tokens", 0)
     ids = as_tokens(tokens, "tokens")
     return ids, ids.numel()
+
+
+def model_sizes(config: Any, **given: Any) -> Sizes:
+    """The sizes that a config says and those that are given, checked; the given ones count more."""
+    known: dict[str, Any] = {}
+    if config is not None:
+        try:
+            known = sizes(config)._asdict()
+        except UnsupportedRoutingError as error:
+            raise RoutesError(f"config: {error}") from error
+    known |= {name: value for name, value in given.items() if value is not None}
+    for name in ("num_experts", "topk", "num_layers"):
+        if name not in known:
+            raise RoutesError(f"{name} is not given: give it, or config=.")
+    topk, num_experts = check_sizes(known["topk"], known["num_experts"])
+    num_layers = integer(known["num_layers"], "num_layers", 1, _MOST_LAYERS)
+    layers = _check_moe_layers(num_layers, known.get("moe_layers"))
+    return Sizes(num_layers, num_experts, topk, layers)
 
 
 def _check_moe_layers(num_layers: int, moe_layers: Iterable[int] | None) -> tuple[int, ...]:
@@ -200,17 +224,19 @@ def _check_moe_layers(num_layers: int, moe_layers: Iterable[int] | None) -> tupl
 
 
 def _first_token(
-    sent: Tensor, stated: int | None, num_tokens: int, ids_per_row: int, start: int
+    sent: Tensor, stated: int | None, num_tokens: int, model: Sizes, start: int
 ) -> int:
     """The token of the first row, by the number of rows; any other number is an error."""
     fed = max(0, num_tokens - 1)
     stating = start if stated is None else stated
     first = integer(stating, "start", 0, fed, context=f" with {num_tokens} tokens")
     flat = sent.dim() == 1
+    ids_per_row = model.num_layers * model.topk
     if flat and sent.numel() % ids_per_row:
         raise RoutesError(
             f"{sent.numel()} ids are not rows of num_layers x topk = {ids_per_row} ids: "
             "the payload is truncated, or num_layers, topk or the dtype is wrong."
+            + _other_width(sent, fed - first, model)
         )
     rows = sent.numel() // ids_per_row if flat else sent.shape[0]
     if rows == fed - first:
@@ -223,23 +249,40 @@ def _first_token(
         return first
     raise RoutesError(
         f"the payload has {rows} rows, expected {fed - first}: {num_tokens} tokens, less the last, "
-        f"which is never fed, less start={first}. Pass the tokens that the engine saw: as it "
-        "tokenized them, image tokens expanded, stop tokens included."
+        f"which is never fed, less start={first}."
+        + (_other_width(sent, fed - first, model) or _other_count(rows, fed, first))
+        + " Pass the tokens that the engine saw: as it tokenized them, image tokens expanded, stop "
+        "tokens included."
     )
 
 
-def _shape(sent: Tensor, num_layers: int, topk: int) -> Tensor:
+def _other_width(sent: Tensor, rows: int, model: Sizes) -> str:
+    """A number of layers with which a flat payload would have the expected rows."""
+    if sent.dim() > 1 or not rows or not sent.numel() or sent.numel() % (rows * model.topk):
+        return ""
+    return f" With num_layers={sent.numel() // (rows * model.topk)} it would fit."
+
+
+def _other_count(rows: int, fed: int, first: int) -> str:
+    """A start, or a number of tokens, with which this number of rows would fit."""
+    if rows < fed:
+        return f" With start={fed - rows} it would fit: did the request ask for that?"
+    return f" With {rows + first + 1} tokens it would fit: prompt and response count together."
+
+
+def _shape(sent: Tensor, model: Sizes) -> Tensor:
     if sent.dim() == 1 or sent.shape[0] == 0:
-        return sent.reshape(-1, num_layers, topk)
-    if sent.shape[2] != topk:
+        return sent.reshape(-1, model.num_layers, model.topk)
+    if sent.shape[2] != model.topk:
         raise RoutesError(
-            f"the payload has shape {tuple(sent.shape)}, expected topk={topk} ids at its end."
+            f"the payload has shape {tuple(sent.shape)}, expected topk={model.topk} ids at its end."
         )
     return sent
 
 
-def _columns(axis: int, num_layers: int, layers: tuple[int, ...]) -> slice | Tensor:
-    """Where ``layers`` stand on the payload's layer axis, a slice if they stand together."""
+def _columns(axis: int, model: Sizes) -> slice | Tensor:
+    """Where the MoE layers stand on the payload's layer axis, a slice if they stand together."""
+    num_layers, layers = model.num_layers, model.moe_layers
     if axis == num_layers:
         start, stop = layers[0] - 1, layers[-1]
         if stop - start == len(layers):

@@ -62,8 +62,17 @@ def read(path: str | os.PathLike[str]) -> Contents:
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
-        magic = file.read(len(_TORCH_MAGIC))
-    return (_read_torch if magic == _TORCH_MAGIC else _read_safetensors)(os.fspath(path))
+        torch_wrote_it = file.read(len(_TORCH_MAGIC)) == _TORCH_MAGIC
+    return (_read_torch if torch_wrote_it else _read_safetensors)(os.fspath(path))
+
+
+def is_one(head: bytes) -> bool:
+    """Whether a file that begins like this may be one of Routes.save, rather than a payload.
+
+    A safetensors file begins with the length of its header in eight bytes, and the header with
+    a brace; no text has zeros in it.
+    """
+    return head.startswith(_TORCH_MAGIC) or head[4:9] == b"\0\0\0\0{"
 
 
 def _read_safetensors(path: str) -> Contents:

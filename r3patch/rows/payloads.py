@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import math
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from r3patch.rows.arrays import as_ids, foreign, integer, is_numpy, signed
 
 _NPY_MAGIC = b"\x93NUMPY"
 _NEMO_MAGIC = "nrlre1:"
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]{8,}={0,2}")
 _DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")
 
 
@@ -40,6 +42,10 @@ def _read(payload: Any) -> tuple[Tensor, object]:
         sent = _read_parts(payload)
     elif isinstance(payload, (str, bytes, bytearray)):
         sent = _read_text(payload)
+    elif isinstance(payload, list) and payload and isinstance(payload[0], (str, bytes, Mapping)):
+        raise RoutesError(
+            f"a list of {len(payload)} payloads or responses: decode each, or all by decode_batch."
+        )
     elif isinstance(payload, (Tensor, list)) or is_numpy(payload):
         sent = as_ids(payload, "the payload")
     elif payload is None:
@@ -69,16 +75,44 @@ def _read_mapping(payload: Mapping[str, Any]) -> tuple[Tensor, object]:
             sent, start = _read(ids)
         return sent, payload.get("routed_experts_start_len", start)
     if not {"data", "shape", "dtype"} <= payload.keys():
-        raise RoutesError(
-            f"a mapping with keys {sorted(map(str, payload))} is no payload: expected "
-            '"routed_experts", or "data", "shape" and "dtype".'
-        )
+        return _read(_inside(payload))
     data = payload["data"]
     if not isinstance(data, (str, bytes, bytearray, memoryview)):
         raise RoutesError(f'"data" is {type(data).__name__}, expected base64 text or raw bytes.')
     raw = _base64(data) if isinstance(data, str) else bytearray(data)
     sent = _from_bytes(raw, _dtype(payload["dtype"]))
     return _reshape(sent, payload["shape"]), payload.get("start")
+
+
+def _inside(response: Mapping[str, Any]) -> Any:
+    """The part of a whole response that has the routes."""
+    for key in ("meta_info", "sglext", "sgl_ext"):  # SGLang
+        part = response.get(key)
+        if isinstance(part, Mapping) and "routed_experts" in part:
+            _check_single(response)
+            return part
+    if "moe_topk_indices" in response:  # Megatron's inference server
+        return response["moe_topk_indices"]
+    if response.get("choices"):
+        _check_single(response)
+        prompt = response.get("prompt_routed_experts")  # vLLM 0.21
+        (choice,) = response["choices"]
+        return choice if prompt is None else {**choice, "prompt_routed_experts": prompt}
+    raise RoutesError(
+        f"a mapping with keys {sorted(map(str, response))} has no routes: expected "
+        '"routed_experts", or "data", "shape" and "dtype". In an answer without them the flag to '
+        "return them is off: --enable-return-routed-experts, and with SGLang "
+        "return_routed_experts in the request."
+    )
+
+
+def _check_single(response: Mapping[str, Any]) -> None:
+    choices = response.get("choices") or [None]
+    if len(choices) > 1:
+        raise RoutesError(
+            f"the response has {len(choices)} choices, which are as many samples: decode each, "
+            'response["choices"][i]. (SGLang returns routes of the first only: response["sglext"].)'
+        )
 
 
 def _read_parts(parts: tuple[Any, ...]) -> Tensor:
@@ -93,9 +127,18 @@ def _read_parts(parts: tuple[Any, ...]) -> Tensor:
 def _read_text(text: str | bytes | bytearray, dtype: torch.dtype = torch.int32) -> Tensor:
     if isinstance(text, str) and text.startswith(_NEMO_MAGIC):
         return _read_envelope(text)
+    head = text[:8].lstrip() if isinstance(text, str) else ""
+    if head.startswith(("{", "[")):
+        raise RoutesError("the payload is JSON text: pass json.loads(text).")
+    if head.startswith("data:"):
+        raise RoutesError("a stream carries no routes: ask without stream, or take its last chunk.")
     raw = _base64(text)
     if raw.startswith(_NPY_MAGIC):
         return _read_npy(raw)
+    if dtype.itemsize >= 4 and _BASE64.fullmatch(raw):  # as ids they would be millions
+        raise RoutesError(
+            "the payload is base64 of base64: decode it once and pass what comes out."
+        )
     return _from_bytes(raw, dtype)
 
 

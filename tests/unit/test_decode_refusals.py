@@ -138,7 +138,7 @@ def test_a_npy_of_python_objects_is_not_unpickled() -> None:
     [
         (None, "returned no routes .None.*aborted.*Routes.missing"),
         (5, "type int is none of the formats"),
-        ({"experts": []}, r"a mapping with keys \['experts'\] is no payload"),
+        ({"experts": []}, r"a mapping with keys \['experts'\] has no routes.*--enable-return"),
         ({"routed_experts": None}, "returned no routes"),
         ("ray-store-key-1", "'ray-store-key-1'... is not base64.*LMDeploy.*fetch the array"),
         (b64(b"abc"), "3 bytes are not whole torch.int32 ids"),
