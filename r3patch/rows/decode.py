@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Two neighbours can share a row by chance in a shallow model; stale buffers repeat one for long.
 _SUSPICIOUS_RUN = 16
 # With topk 1 a single zero is a legal row; a column of this many is not.
-_SUSPICIOUS_ZEROS = 64
+SUSPICIOUS_ZEROS = 64
 # Far above any model: a count of tokens given as num_layers must not build a tuple of its length.
 _MOST_LAYERS = 1 << 16
 
@@ -298,7 +298,7 @@ def _columns(axis: int, model: Sizes) -> slice | Tensor:
 
 def _add_zero_layers(unfit: Tensor | None, experts: Tensor) -> Tensor | None:
     """With topk 1 a row of zeros is legal; marks layers that hold nothing else."""
-    if experts.shape[0] < _SUSPICIOUS_ZEROS:
+    if experts.shape[0] < SUSPICIOUS_ZEROS:
         return unfit
     dead = (experts == 0).flatten(2).all(-1).all(0)
     if not dead.any():
