@@ -53,7 +53,7 @@ from r3patch._errors import (
     UnsupportedRoutingError,
 )
 from r3patch._install import Status, TargetStatus, install, status, uninstall
-from r3patch.labels.layers import moe_layers
+from r3patch._layers import moe_layers
 from r3patch.labels.model import RouterInfo, label, routers, verify
 from r3patch.labels.scope import building, scope_of
 
