@@ -84,7 +84,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hist
     """Writes sessions through the library's own writer, and reads them back."""
     base = tmp_path / "run.jsonl"
     monkeypatch.setattr(_config, "CONFIG", dataclasses.replace(_config.CONFIG, trace=str(base)))
-    monkeypatch.setattr(writer, "_silenced", False)
+    monkeypatch.setattr(writer, "_lost", 0)
 
     def write(sessions: list[dict[str, Any]]) -> History:
         for session in sessions:
