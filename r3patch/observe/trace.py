@@ -3,11 +3,12 @@
 docs/observe.md describes the format. Each rank writes a file of its own (``run.jsonl`` becomes
 ``run.rank0.jsonl``), each line by a single append: what a crash leaves behind is whole lines. The
 trace is an instrument: it never stops a run, and never puts an error of its own over the user's.
-What cannot be written is logged once, counted, and named in the trace itself where that is possible.
+What cannot be written is logged once, counted, and named in the trace where that is possible.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import logging
@@ -16,9 +17,10 @@ import os
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from r3patch import _config
 from r3patch._errors import R3PatchError
@@ -37,6 +39,9 @@ MAX_FILE_BYTES = 1 << 30
 #: A line that would be longer loses its largest parts, which it then names in ``dropped``.
 MAX_LINE_BYTES = 4 << 20
 MAX_ERROR_CHARACTERS = 4000
+#: Characters of ``tokens``, and tokens that they may stand for: 512 microbatches of 128k tokens.
+MAX_TOKENS = 1 << 20
+_MAX_UNPACKED = 1 << 26
 
 _MAX_DEPTH = 8  # of the values in a record; ours have four
 
@@ -81,6 +86,7 @@ def session(
         "routers": [router.as_dict() for router in stats.routers] if stats is not None else [],
         "tokens_measured": len(tokens) - tokens.count(0),
         "tokens_differing": tokens.count(2),
+        "tokens": pack_tokens(tokens),
         "seconds": {"copy": stats.seconds if stats is not None else 0.0, **(seconds or {})},
         "notes": {} if notes is None else notes,
         "expert_load": None if expert_load is None else _load(expert_load),
@@ -126,34 +132,65 @@ def rank_path(path: str | os.PathLike[str], rank: int) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
-    """The records of one rank's file, and how many lines were unreadable (cut by a crash).
+    """The records of one rank's file, and how many lines are none (cut by a crash, or foreign).
 
     Raises:
-        R3PatchError: the file holds no trace, or one of another schema.
+        R3PatchError: the file holds no trace record, or none of this schema.
     """
-    records, broken = [], 0
-    for line in filter(None, Path(path).read_bytes().split(b"\n")):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            broken += 1
-            continue
-        schema = record.get("schema") if isinstance(record, dict) else None
-        if schema != SCHEMA:
-            raise R3PatchError(
-                f"{os.fspath(path)} has a line of schema {schema!r}, this r3patch reads {SCHEMA}: "
-                "is it a file that R3PATCH_TRACE wrote, and by this version?"
-            )
-        records.append(record)
-    if not records:
-        raise R3PatchError(f"{os.fspath(path)} holds no trace record ({broken} unreadable lines).")
-    return records, broken
+    records: list[dict[str, Any]] = []
+    broken, schema = 0, cast(Any, SCHEMA)  # of the last line that is JSON, and not a record
+    with open(path, "rb") as file:
+        while line := file.readline(2 * MAX_LINE_BYTES):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                broken += 1
+                continue
+            found = record.get("schema") if isinstance(record, dict) else None
+            if type(found) is int and found == SCHEMA:
+                records.append(record)
+            else:
+                broken, schema = broken + 1, found
+    if records:
+        return records, broken
+    if schema != SCHEMA:
+        raise R3PatchError(
+            f"{os.fspath(path)} has a line of schema {schema!r:.40}, this r3patch reads {SCHEMA}: "
+            "is it a file that R3PATCH_TRACE wrote, and by this version?"
+        )
+    raise R3PatchError(f"{os.fspath(path)} holds no trace record ({broken} unreadable lines).")
+
+
+def pack_tokens(codes: bytes) -> str | None:
+    """``ReplayStats.tokens`` as text: base64 of zlib of one byte for each token; None of none."""
+    return base64.b64encode(zlib.compress(codes, 1)).decode() if codes else None
+
+
+def unpack_tokens(text: str) -> bytes:
+    """The inverse of `pack_tokens`.
+
+    Raises:
+        ValueError: it is none of ours, or more than a session can hold.
+    """
+    try:
+        stream = zlib.decompressobj()
+        codes = stream.decompress(base64.b64decode(text, validate=True), _MAX_UNPACKED)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"tokens: {error}") from error
+    if not stream.eof or codes.translate(None, b"\0\1\2"):
+        raise ValueError("tokens are cut short, too many, or other than 0, 1 and 2")
+    return codes
 
 
 def _line(record: dict[str, Any]) -> bytes:
     """The record as JSON, without what JSON does not know and what is too long, by name."""
     dropped: list[str] = []
     record = _plain(record, dropped)
+    if len(record.get("tokens") or "") > MAX_TOKENS:
+        record["tokens"] = None
+        dropped.append("tokens")
     record["step"] = _whole(record.get("step"), dropped)
     if dropped:
         _warn_dropped(", ".join(dropped))
@@ -208,7 +245,7 @@ def _plain(value: Any, dropped: list[str], *where: str) -> Any:
             # Scalars of numpy and torch have item(); Decimal, Fraction and their like do not.
             value = value.item() if hasattr(value, "item") else float(value)
         if isinstance(value, int):
-            return int(value.__index__()) if value.bit_length() < 64 else float(value)
+            return int(value.__index__()) if value.bit_length() < 54 else float(value)
         value = float(value)
         return value if math.isfinite(value) else str(value)
     except Exception:
