@@ -60,6 +60,28 @@ def _bridges(text: str) -> tuple[str, ...]:
     return tuple(name for name in BRIDGES if name in names)
 
 
+def _trace(text: str) -> str | None:
+    """Refuses what is known to fail without touching the disk: a session may never come.
+
+    A folder that is not there is none of that, as long as the run could make it.
+    """
+    folder = os.path.dirname(text)
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    folder = folder or os.curdir
+    if not text:
+        return None
+    if os.path.isdir(text) or not os.path.basename(text):
+        reason = "that is a folder, name a file in it"
+    elif not os.path.isdir(folder):
+        reason = f"{folder} is not a folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"this process cannot write to {os.path.abspath(folder)}"
+    else:
+        return text
+    raise ConfigError(f"R3PATCH_TRACE is {text!r}: {reason}. Correct the path or unset it.")
+
+
 _SWITCH = _one_of({"0": False, "1": True})
 
 #: Keyed by the field of `Config` that the variable sets.
@@ -87,7 +109,7 @@ TABLE: dict[str, Variable] = {
         "",
         "nothing, or a path",
         "JSON lines, one per session and rank",
-        lambda text: text or None,
+        _trace,
     ),
 }
 

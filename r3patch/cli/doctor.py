@@ -15,7 +15,6 @@ from typing import Any
 import r3patch
 from r3patch import _config
 from r3patch._errors import R3PatchError
-from r3patch.cli._terminal import console, paragraph, plain, table
 from r3patch.labels.model import routers, verify
 from r3patch.labels.scope import MAIN
 from r3patch.labels.targets import TARGETS
@@ -207,6 +206,8 @@ def _build(spec: str, cpu: bool) -> Any:
 
 def show(seen: Examination) -> None:
     """Print it for a reader; fits a terminal of 60 columns."""
+    from r3patch.cli._terminal import console, paragraph, plain, table
+
     out = console()
     versions = [(name, version or "[red]not found[/]") for name, version in seen.versions.items()]
     versions += [(f"[dim]{name}[/]", version) for name, version in seen.frameworks.items()]
@@ -224,7 +225,10 @@ def show(seen: Examination) -> None:
     out.print(table("Other replay managers", ["manager", "state", "reason"], bridges))
     if seen.routers is not None:
         headings = ["router", "scope", "layer", "MoE #", "is_mtp_layer"]
-        rows = [[_cell(value) for value in router.values()] for router in seen.routers]
+        rows = [
+            ["[dim]-[/]" if value is None else plain(str(value)) for value in router.values()]
+            for router in seen.routers
+        ]
         out.print(table("Routers", headings, rows))
     for finding in seen.findings:
         color = "red" if finding.level == "error" else "yellow"
@@ -237,10 +241,6 @@ def show(seen: Examination) -> None:
         out.print(f"[bold green]Good.[/] Nothing here keeps replay from {what}.")
     else:
         out.print("[bold red]Not good.[/] Replay would be refused, or miss routers: see above.")
-
-
-def _cell(value: Any) -> str:
-    return "[dim]-[/]" if value is None else plain(str(value))
 
 
 def _colored(state: str) -> str:
