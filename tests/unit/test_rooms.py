@@ -1,0 +1,211 @@
+"""The rooms of the package: who may import whom, deferred and type-checking imports counted."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import graphlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import r3patch
+
+PACKAGE = Path(r3patch.__file__).parent
+
+FLOOR = {"_errors", "_config", "_version"}
+#: What each room may import besides itself: errors, config <- labels | rows <- metrics, observe,
+#: bridges <- sessions <- cli.
+MAY_IMPORT = {
+    "_errors": set(),
+    "_version": set(),
+    "_config": {"_errors"},
+    "labels": FLOOR,
+    "rows": FLOOR,
+    "metrics": FLOOR | {"labels", "rows"},
+    "observe": FLOOR | {"labels", "rows", "metrics"},
+    "bridges": FLOOR | {"labels", "rows"},
+    "sessions": FLOOR | {"labels", "rows", "metrics", "observe", "bridges"},
+    "testing": FLOOR | {"labels"},
+    "_install": FLOOR | {"labels", "bridges"},
+    "__init__": FLOOR
+    | {"_install", "labels", "rows", "metrics", "observe", "bridges", "sessions", "testing"},
+    "cli": FLOOR
+    | {"__init__", "labels", "rows", "metrics", "observe", "bridges", "sessions", "testing"},
+}
+#: The modules, or the rooms, that may import a package at run time, deferred or not.
+IMPORTERS = {
+    "wrapt": ("labels.patch",),
+    "megatron": ("sessions._preflight", "testing", "cli.demo"),
+    "torch": ("rows", "metrics", "sessions", "testing", "cli"),
+}
+#: The only places that name a module of Megatron's, as an import or as text.
+NAME_MEGATRON = (
+    "labels.targets",
+    "rows.layout",  # Layout.from_megatron asks parallel_state for this rank
+    "bridges",
+    "sessions._preflight",
+    "testing",
+    "cli.demo",
+    "cli.doctor",
+)
+
+
+class Import(NamedTuple):
+    """One imported name: a module of ours without ``r3patch.`` in front, or a foreign one."""
+
+    importer: str
+    imported: str
+    line: int
+    for_types_only: bool
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.imported}"
+
+
+def modules(package: Path) -> dict[str, ast.Module]:
+    """Every module by its dotted name, ``r3patch`` itself as ``__init__``."""
+    trees = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = file.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
+        trees[name] = parsed(file.read_text(encoding="utf-8"))
+    return trees
+
+
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def imports(package: Path) -> Iterator[Import]:
+    trees = modules(package)
+    for importer, tree in trees.items():
+        typing = {
+            node
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+            for statement in block.body
+            for node in ast.walk(statement)
+        }
+        for node in ast.walk(tree):
+            for name in _names(node):
+                if name.split(".")[0] == "r3patch":
+                    name = _module(name.removeprefix("r3patch").lstrip("."), trees)
+                yield Import(importer, name, getattr(node, "lineno", 0), node in typing)
+
+
+def _names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports are not resolved here"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def _module(name: str, trees: dict[str, ast.Module]) -> str:
+    """The module that a dotted name is, or is an attribute of."""
+    while name and name not in trees:
+        name = name.rpartition(".")[0]
+    return name or "__init__"
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def within(module: str, places: tuple[str, ...]) -> bool:
+    return any(f"{module}.".startswith(f"{place}.") for place in places)
+
+
+def circles(package: Path) -> list[str]:
+    ours = modules(package)
+    graph: dict[str, set[str]] = {}
+    for found in imports(package):
+        if found.imported in ours:
+            graph.setdefault(found.importer, set()).add(found.imported)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" <- ".join(error.args[1])]
+    return []
+
+
+def wrong_ways(package: Path) -> list[str]:
+    ours = modules(package)
+    return [
+        str(found)
+        for found in imports(package)
+        if found.imported in ours
+        and room(found.imported) not in {room(found.importer), *MAY_IMPORT[room(found.importer)]}
+    ]
+
+
+def foreign_packages(package: Path) -> list[str]:
+    return [
+        str(found)
+        for found in imports(package)
+        if room(found.imported) in IMPORTERS
+        and not found.for_types_only
+        and not within(found.importer, IMPORTERS[room(found.imported)])
+    ]
+
+
+def names_of_megatron(package: Path) -> list[str]:
+    texts = [
+        f"{module}:{node.lineno} names {node.value}"
+        for module, tree in modules(package).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and re.fullmatch(r"megatron(\.\w+)+", str(node.value))
+        and not within(module, NAME_MEGATRON)
+    ]
+    return texts + [
+        str(found)
+        for found in imports(package)
+        if room(found.imported) == "megatron" and not within(found.importer, NAME_MEGATRON)
+    ]
+
+
+RULES: list[Callable[[Path], list[str]]] = [
+    circles,
+    wrong_ways,
+    foreign_packages,
+    names_of_megatron,
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_package_keeps_the_rule(rule: Callable[[Path], list[str]]) -> None:
+    """No circle, no import upwards, wrapt, torch and Megatron in their places only."""
+    assert rule(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "code", "found"),
+    [
+        (circles, "labels/scope.py", "import r3patch.labels.model", "labels.model <- labels.scope"),
+        (circles, "rows/routes.py", "def f():\n    from r3patch import Layout", "rows.routes"),
+        (wrong_ways, "rows/routes.py", "from r3patch.labels import scope", "imports labels.scope"),
+        (wrong_ways, "_errors.py", "import r3patch", "_errors:1 imports __init__"),
+        (wrong_ways, "_config.py", "if TYPE_CHECKING:\n    from r3patch import cli", "cli"),
+        (foreign_packages, "bridges/verl.py", "def f():\n    import torch", "imports torch"),
+        (foreign_packages, "sessions/manager.py", "import wrapt", "imports wrapt"),
+        (foreign_packages, "rows/routes.py", "from megatron import core", "megatron.core"),
+        (names_of_megatron, "metrics.py", "NAME = 'megatron.core.mpu'", "names megatron.core.mpu"),
+        (names_of_megatron, "metrics.py", "from megatron import core", "imports megatron.core"),
+    ],
+)
+def test_the_rule_sees_what_breaks_it(
+    tmp_path: Path, rule: Callable[[Path], list[str]], file: str, code: str, found: str
+) -> None:
+    """Each rule names an import that is added on purpose, wherever in a file it stands."""
+    broken = shutil.copytree(PACKAGE, tmp_path / "r3patch")
+    text = (broken / file).read_text(encoding="utf-8")
+    (broken / file).write_text(f"{code}\n{text}", encoding="utf-8")
+    assert found in "\n".join(rule(broken))
