@@ -54,22 +54,22 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
     import torch
 
     from r3patch._errors import ReplayError
-    from r3patch.labels.model import routers
-    from r3patch.labels.scope import MAIN
-    from r3patch.sessions._stream import Microbatch, layer_of
-    from r3patch.sessions.manager import check_routes
+    from r3patch.labels.model import main_routers
+    from r3patch.rows.fit import check_fit
+    from r3patch.rows.spread import spread_missing
 
-    infos = routers(model, MAIN)
-    check_routes(routes, infos, "drive()", missing="error" if missing == "error" else "live")
-    bare = [i.name for i in infos if not hasattr(i.module.router_replay, "set_target_indices")]
-    if bare or not infos:
+    routers = main_routers(model)
+    check_fit(routes, routers, "drive()", missing=missing)
+    bare = [r.name for r in routers if not hasattr(r.module.router_replay, "set_target_indices")]
+    if bare or not routers:
         raise ReplayError(
             f"{bare or 'the model'} has no RouterReplay to drive. Build the model with "
             "moe_enable_routing_replay=True (megatron-core 0.16 and newer)."
         )
-    layers = sorted({layer_of(info) for info in infos})
-    microbatch = Microbatch(routes, layers, spread=missing == "spread")
-    for info in infos:
-        rows = microbatch.rows[microbatch.column(layer_of(info)).index]
-        device = info.module.weight.device
-        info.module.router_replay.set_target_indices(rows.to(device, torch.int64))
+    for router in routers:
+        column = routes.select([router.layer_number])
+        ids = column.experts.permute(1, 0, 2).to(torch.int64, copy=True)  # [1, num_tokens, topk]
+        if column.valid is not None:
+            gaps = (~column.valid[:, 0]).nonzero().squeeze(1)
+            spread_missing(ids, [gaps], [router.num_experts])
+        router.module.router_replay.set_target_indices(ids[0].to(router.module.weight.device))
