@@ -51,8 +51,6 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
         RoutesError: the routes do not fit the model, or have invalid rows under ``"error"``.
         ReplayError: a main router has no native instance.
     """
-    import torch
-
     from r3patch._errors import ReplayError
     from r3patch.labels.model import main_routers
     from r3patch.rows.fit import check_fit
@@ -68,7 +66,7 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
         )
     for router in routers:
         column = routes.select([router.layer_number])
-        ids = column.experts.permute(1, 0, 2).to(torch.int64, copy=True)  # [1, num_tokens, topk]
+        ids = column.experts.permute(1, 0, 2).long()  # a copy, [1, num_tokens, topk]
         if column.valid is not None:
             gaps = (~column.valid[:, 0]).nonzero().squeeze(1)
             spread_missing(ids, [gaps], [router.num_experts])

@@ -67,56 +67,63 @@ class Import(NamedTuple):
         return f"{self.importer}:{self.line} imports {self.imported}"
 
 
-def modules(package: Path) -> dict[str, ast.Module]:
-    """Every module by its dotted name, ``r3patch`` itself as ``__init__``."""
-    trees = {}
-    for file in sorted(package.rglob("*.py")):
-        parts = file.relative_to(package).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
-        trees[name] = parsed(file.read_text(encoding="utf-8"))
-    return trees
+class Source(NamedTuple):
+    """What a file says, once for all tests: names, their lines, whether for type-checkers only."""
+
+    imports: list[tuple[str, int, bool]]
+    megatron: list[tuple[str, int]]
 
 
 @functools.cache
-def parsed(text: str) -> ast.Module:
-    return ast.parse(text)
+def read(text: str) -> Source:
+    nodes = list(ast.walk(ast.parse(text)))
+    typing = {
+        node
+        for block in nodes
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno, node in typing) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not resolved here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(name, node.lineno, node in typing) for name in names]
+    constants = [(str(node.value), node.lineno) for node in nodes if isinstance(node, ast.Constant)]
+    return Source(found, [c for c in constants if re.fullmatch(r"megatron(\.\w+)+", c[0])])
+
+
+def modules(package: Path) -> dict[str, Source]:
+    """Every module by its dotted name, ``r3patch`` itself as ``__init__``."""
+    sources = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = file.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
+        sources[name] = read(file.read_text(encoding="utf-8"))
+    return sources
 
 
 def imports(package: Path) -> Iterator[Import]:
-    trees = modules(package)
-    for importer, tree in trees.items():
-        typing = {
-            node
-            for block in ast.walk(tree)
-            if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-            for statement in block.body
-            for node in ast.walk(statement)
-        }
-        for node in ast.walk(tree):
-            for name in _names(node):
-                if name.split(".")[0] == "r3patch":
-                    name = _module(name.removeprefix("r3patch").lstrip("."), trees)
-                yield Import(importer, name, getattr(node, "lineno", 0), node in typing)
+    sources = modules(package)
+    for importer, source in sources.items():
+        for name, line, typing in source.imports:
+            ours = name == "r3patch" or name.startswith("r3patch.")
+            found = _module(name[len("r3patch.") :], sources) if ours else name
+            yield Import(importer, found, line, typing)
 
 
-def _names(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "relative imports are not resolved here"
-        return [f"{node.module}.{alias.name}" for alias in node.names]
-    return []
-
-
-def _module(name: str, trees: dict[str, ast.Module]) -> str:
+def _module(name: str, sources: dict[str, Source]) -> str:
     """The module that a dotted name is, or is an attribute of."""
-    while name and name not in trees:
+    while name and name not in sources:
         name = name.rpartition(".")[0]
     return name or "__init__"
 
 
 def room(module: str) -> str:
-    return module.split(".")[0]
+    return module.partition(".")[0]
 
 
 def within(module: str, places: tuple[str, ...]) -> bool:
@@ -158,12 +165,10 @@ def foreign_packages(package: Path) -> list[str]:
 
 def names_of_megatron(package: Path) -> list[str]:
     texts = [
-        f"{module}:{node.lineno} names {node.value}"
-        for module, tree in modules(package).items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant)
-        and re.fullmatch(r"megatron(\.\w+)+", str(node.value))
-        and not within(module, NAME_MEGATRON)
+        f"{module}:{line} names {name}"
+        for module, source in modules(package).items()
+        for name, line in source.megatron
+        if not within(module, NAME_MEGATRON)
     ]
     return texts + [
         str(found)
