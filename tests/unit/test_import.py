@@ -11,9 +11,6 @@ import pytest
 
 import r3patch
 
-ROOT = Path(__file__).parents[2]
-
-
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("R3PATCH_")}
     return subprocess.run(
@@ -22,8 +19,16 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
         check=False,
-        env={**clean, "PYTHONPATH": str(ROOT), **env},
+        env={**clean, **env},
     )
+
+
+@pytest.mark.wheel
+def test_what_is_tested_is_what_is_installed() -> None:
+    """Here and in processes that tests start; `-m "not wheel"` for the loop of an editor."""
+    there = python("import r3patch; print(r3patch.__file__)").stdout.strip()
+    assert there == r3patch.__file__
+    assert "site-packages" in Path(r3patch.__file__).parts
 
 
 def test_the_import_takes_no_heavy_package() -> None:
