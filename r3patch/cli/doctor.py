@@ -179,7 +179,7 @@ def _examine_model(seen: Examination, spec: str, cpu: bool) -> None:
         verify(model)
     except R3PatchError as error:
         seen.find("error", type(error).__name__, error)
-    for problem in _preflight.problems(model):
+    for problem in _preflight.problems(infos):
         seen.find(problem.level, f"{problem.name}: {problem.setting}", problem.text)
 
 

@@ -51,12 +51,19 @@ class MainRouter:
     One reading of its settings, for everybody: what routes must fit, and what a tap works with.
     """
 
-    name: str
-    module: Any
+    info: RouterInfo
     layer_number: int
     topk: int
     num_experts: int
     """Of this layer: pruned models have layers with fewer experts than their config says."""
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def module(self) -> Any:
+        return self.info.module
 
     @classmethod
     def of(cls, info: RouterInfo) -> MainRouter:
@@ -67,7 +74,7 @@ class MainRouter:
         weight = getattr(router, "weight", None)
         experts = router.config.num_moe_experts if weight is None else weight.shape[0]
         topk = getattr(router, "topk", None) or router.config.moe_router_topk
-        return cls(info.name, router, info.layer_number, int(topk), int(experts))
+        return cls(info, info.layer_number, int(topk), int(experts))
 
 
 @dataclass

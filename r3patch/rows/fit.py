@@ -38,8 +38,8 @@ def check_fit(
         routes: the rows of a microbatch, columns of other layers allowed.
         routers: the routers that take them.
         source: what the routes are, for the message.
-        num_experts: of the model's fullest layer; None: that of the fullest of ``routers``. A
-            pruned layer has fewer, and its ids are checked against its own number.
+        num_experts: what the model's config says, where it says more than ``routers`` do: a
+            pruned layer has fewer experts, and its ids are checked against its own number.
         missing: ``"error"`` refuses invalid rows.
 
     Raises:
@@ -51,7 +51,7 @@ def check_fit(
             f"{source} is a {type(routes).__qualname__}, expected r3patch.Routes: decode the "
             "payloads by r3patch.decode and place them by Layout.place."
         )
-    fullest = max([num_experts or 0, *(router.num_experts for router in routers)])
+    fullest = max((router.num_experts for router in routers), default=0)
     for router in routers:
         if router.layer_number not in routes.layers:
             raise RoutesError(
@@ -59,12 +59,12 @@ def check_fit(
                 f"columns are layers {list(routes.layers)}. Columns carry 1-based Megatron layer "
                 "numbers, dense layers counted: see r3patch.moe_layers(config)."
             )
-        if (routes.topk, routes.num_experts) != (router.topk, fullest):
+        if routes.topk != router.topk or routes.num_experts not in (fullest, num_experts):
             raise RoutesError(
                 f"{source} is top-{routes.topk} of {routes.num_experts} experts, {router.name} is "
                 f"top-{router.topk} of {fullest}. Decode with the trained model's numbers."
             )
-        if router.num_experts < fullest:
+        if router.num_experts < routes.num_experts:
             _check_pruned(routes, router, source)
     if routers and missing == "error":
         _refuse_missing(routes.select([router.layer_number for router in routers]), source)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from r3patch import ReplayError
-from r3patch.sessions._recompute import CallLog, in_backward
+from r3patch.sessions._recompute import CallLog, in_backward, surroundings
 
 
 class Router(torch.nn.Module):
@@ -25,11 +25,11 @@ class Router(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if in_backward():
-            value = self.log.recompute("router")
+            value = self.log.recompute("router", surroundings())
             self.recomputed.append(value)
         else:
             value = self.forwards
-            self.log.forward(value)
+            self.log.forward(value, surroundings())
             self.forwards += 1
         # The tensor remembers which value it was made with: the gradient shows a wrong match.
         return (x * self.weight * (value + 1)).sin()
@@ -198,9 +198,10 @@ def test_a_recompute_without_a_forward_is_refused() -> None:
         loss.backward()
 
 
-def test_ended_backwards_free_their_calls() -> None:
-    """What a recompute stores for nested ones goes when its backward ends."""
+@BOTH
+def test_ended_backwards_free_their_calls(run) -> None:
+    """What no backward can repeat any more is gone, in nested regions too."""
     router = Router()
     for _ in range(3):
-        reentrant(router, leaf()).sum().backward()
-    assert list(router.log._spans) == [-1]
+        run(lambda x: run(router, run(router, x)), leaf()).sum().backward()
+    assert len(router.log) == 0
