@@ -19,6 +19,8 @@ import pytest
 
 for _name in [name for name in os.environ if name.startswith("R3PATCH_")]:
     del os.environ[_name]
+# Without it (Python 3.11) a child finds the source tree, in its working directory, first.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
 # Megatron's jit_fuser is torch.compile, which looks for a C++ compiler. test_compile.py unsets it.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

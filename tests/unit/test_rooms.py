@@ -40,7 +40,7 @@ MAY_IMPORT = {
 #: The modules, or the rooms, that may import a package at run time, deferred or not.
 IMPORTERS = {
     "wrapt": ("labels.patch",),
-    "megatron": ("sessions._preflight", "testing", "cli.demo"),
+    "megatron": ("sessions._preflight", "sessions._tap", "testing", "cli.demo"),
     "torch": ("rows", "metrics", "sessions", "testing", "cli"),
 }
 #: The only places that name a module of Megatron's, as an import or as text.
@@ -48,7 +48,8 @@ NAME_MEGATRON = (
     "labels.targets",
     "rows.layout",  # Layout.from_megatron asks parallel_state for this rank
     "bridges",
-    "sessions._preflight",
+    "sessions._preflight",  # which top-k function is installed, and what it does
+    "sessions._tap",  # Megatron's own group-limited top-k
     "testing",
     "cli.demo",
     "cli.doctor",
