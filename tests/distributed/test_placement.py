@@ -12,20 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from receiver import EXPERTS, TOPK, expert, receive
 
 from r3patch import Layout, Routes
 
 PP_SIZE, CP_SIZE, TP_SIZE = 2, 2, 2
-MOE_LAYERS, TOPK, EXPERTS = (2, 3, 5, 6), 2, 64
+MOE_LAYERS = (2, 3, 5, 6)
 LENGTHS = (37, 12, 25)
 CONFIG = types.SimpleNamespace(
     tensor_model_parallel_size=TP_SIZE, context_parallel_size=CP_SIZE, sequence_parallel=True
 )
-
-
-def expert(token: int, layer: int, column: int) -> int:
-    """What the engine chose, computable by anyone."""
-    return (7 * token + 5 * layer + 31 * column) % EXPERTS
 
 
 def samples() -> list[Routes]:
@@ -48,32 +44,13 @@ def nbytes(routes: Routes) -> int:
     return routes.experts.nbytes + (0 if routes.valid is None else routes.valid.nbytes)
 
 
-def worker(received: Any, answers: Any) -> None:
-    """Holds nothing but what it was sent; reports the tokens whose routes it can vouch for."""
-    for message in iter(received.get, None):
-        layers, tokens, routes = pickle.loads(message)
-        assert routes.layers == layers
-        assert routes.num_tokens == len(tokens)
-        valid = torch.ones(len(tokens), 1) if routes.valid is None else routes.valid
-        vouched = []
-        for row, token in enumerate(tokens.tolist()):
-            if not valid[row].all():
-                assert not valid[row].any()
-                continue
-            for column, layer in enumerate(layers):
-                want = [expert(token, layer, k) for k in range(TOPK)]
-                assert routes.experts[row, column].tolist() == want
-            vouched.append(token)
-        answers.put((layers, vouched))
-
-
 @pytest.fixture
 def workers() -> Iterator[tuple[list[Any], Any]]:
     """Two processes with a queue each, and the queue of their answers."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     queues = [context.Queue() for _ in range(2)]
-    processes = [context.Process(target=worker, args=(q, answers), daemon=True) for q in queues]
+    processes = [context.Process(target=receive, args=(q, answers), daemon=True) for q in queues]
     for process in processes:
         process.start()
     yield queues, answers
