@@ -17,13 +17,14 @@ import r3patch
 
 PACKAGE = Path(r3patch.__file__).parent
 
-FLOOR = {"_errors", "_config", "_version"}
+FLOOR = {"_errors", "_config", "_version", "_layers"}
 #: What each room may import besides itself: errors, config <- labels | rows <- metrics, observe,
 #: bridges <- sessions <- cli.
-MAY_IMPORT = {
+MAY_IMPORT: dict[str, set[str]] = {
     "_errors": set(),
     "_version": set(),
     "_config": {"_errors"},
+    "_layers": {"_errors"},
     "labels": FLOOR,
     "rows": FLOOR,
     "metrics": FLOOR | {"labels", "rows"},
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "_install": FLOOR | {"labels", "bridges"},
     "__init__": FLOOR
     | {"_install", "labels", "rows", "metrics", "observe", "bridges", "sessions", "testing"},
+    "__main__": {"cli"},
     "cli": FLOOR
     | {"__init__", "labels", "rows", "metrics", "observe", "bridges", "sessions", "testing"},
 }
