@@ -76,9 +76,7 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
         )
     for router in routers:
         column = routes.select([router.layer_number])
-        ids = column.experts.permute(
-            1, 0, 2
-        ).long()  # [1, num_tokens, topk], a copy: ids are narrow
+        ids = column.experts.permute(1, 0, 2).long()  # a copy, [1, num_tokens, topk]
         if column.valid is not None:
             gaps = (~column.valid[:, 0]).nonzero().squeeze(1)
             spread_missing(ids, [gaps], [router.num_experts])
