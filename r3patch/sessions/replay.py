@@ -234,9 +234,7 @@ class MicrobatchQueue:
         self._waiting[self.given] = microbatch
         self.given += 1
         if self._measure:
-            valid = routes.select(layers).valid
-            every = torch.ones(routes.num_tokens, dtype=torch.bool)
-            self.figures.append(TokenFigures(every if valid is None else valid.any(dim=1)))
+            self.figures.append(TokenFigures(routes.select(layers).mask.any(dim=1)))
         if trace.enabled():
             load = microbatch.expert_load(routes, layers)
             self.load = load if self.load is None else self.load.merge(load)
