@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from r3patch._errors import ConfigError
 
@@ -39,6 +39,7 @@ class Config:
     native: str
     bridges: tuple[str, ...]
     measure: bool
+    alarm: Literal["warn", "raise", "off"]
     trace: str | None
 
 
@@ -104,6 +105,13 @@ TABLE: dict[str, Variable] = {
         _bridges,
     ),
     "measure": Variable("R3PATCH_MEASURE", "0", "'0' or '1'", "default of measure=", _SWITCH),
+    "alarm": Variable(
+        "R3PATCH_ALARM",
+        "warn",
+        "'warn', 'raise' or 'off'",
+        "default of alarm=: what routes that hardly are the model's do",
+        _one_of({"warn": "warn", "raise": "raise", "off": "off"}),
+    ),
     "trace": Variable(
         "R3PATCH_TRACE",
         "",

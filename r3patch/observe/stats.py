@@ -71,6 +71,16 @@ class RouterStats:
 
 
 @dataclass(frozen=True)
+class TokenCheck:
+    """How many tokens of one chunk were compared with those that its routes were computed for."""
+
+    chunk: int
+    checked: int
+    why_not: str
+    """Why none was; empty if some were."""
+
+
+@dataclass(frozen=True)
 class ReplayStats:
     """What a session did on this rank, or, merged, on several.
 
@@ -82,6 +92,8 @@ class ReplayStats:
     routers: tuple[RouterStats, ...]
     tokens: bytes = b""
     seconds: float = 0.0  # host time of preparing and enqueueing the rows
+    token_checks: tuple[TokenCheck, ...] = ()  # by chunk: which tokens were compared
+    agreement: float | None = None  # of the first rows with Megatron's choice, 0: as by chance
 
     @property
     def token_mismatch(self) -> float | None:

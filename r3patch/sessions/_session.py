@@ -26,6 +26,7 @@ from r3patch.observe.stats import RouterStats
 from r3patch.sessions import _preflight
 from r3patch.sessions._passes import ForwardPasses, Listener
 from r3patch.sessions._tap import Tap
+from r3patch.sessions._tokens import TokenWatch
 
 if TYPE_CHECKING:
     from r3patch.labels.model import Model
@@ -65,6 +66,7 @@ class Plan:
     chunk: Chunk
     taps: Sequence[Tap]
     listener: Listener
+    tokens: TokenWatch | None = None
 
 
 class Lifetime:
@@ -116,9 +118,9 @@ class Lifetime:
 class Session:
     """A model that was checked, with taps in its routers, for some time."""
 
-    def __init__(self, kind: str, model: Model, step: int | None) -> None:
+    def __init__(self, kind: str, model: Model, step: int | None, name: str | None) -> None:
         self._chunks = models.chunks(model)
-        self._step = step
+        self._step, self._name = step, name
         self._taps: list[Tap] = []
         self._main: list[MainRouter] = []
         self._notes: dict[str, float] = {}
@@ -163,6 +165,9 @@ class Session:
         passes = ForwardPasses(plan.chunk.name, plan.listener)
         self._lifetime.undo(functools.partial(passes.unwatch, plan.chunk.module))
         passes.watch(plan.chunk.module)
+        if plan.tokens is not None:
+            self._lifetime.undo(plan.tokens.unwatch)
+            plan.tokens.watch()
 
     def _set(self, router: Any, name: str, value: object) -> None:
         self._lifetime.undo(functools.partial(setattr, router, name, getattr(router, name)))
