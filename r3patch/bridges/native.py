@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from r3patch.bridges._common import forget
+from r3patch.bridges._shield import forget
 from r3patch.labels.scope import MTP
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from r3patch.rows.routes import Routes
 
 MODULE = "megatron.core.transformer.moe.router_replay"
-NEEDS = ("RouterReplay.global_router_replay_instances",)
+NEEDS: tuple[str, ...] = ("RouterReplay.global_router_replay_instances",)
 
 
 def govern(router: Any, scope: str, manager: ModuleType) -> None:
@@ -30,9 +30,9 @@ def govern(router: Any, scope: str, manager: ModuleType) -> None:
         router.router_replay = None
 
 
-def drives(router: Any, manager: ModuleType) -> bool:
-    replay = getattr(router, "router_replay", None)
-    return isinstance(replay, manager.RouterReplay) and replay.router_replay_action is not None
+def is_replaying(router: Any, replay: object, manager: ModuleType) -> bool:
+    action = getattr(replay, "router_replay_action", None)
+    return isinstance(replay, manager.RouterReplay) and action is not None
 
 
 def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "error") -> None:
@@ -49,7 +49,8 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
 
     Raises:
         RoutesError: the routes do not fit the model, or have invalid rows under ``"error"``.
-        ReplayError: a main router has no native instance.
+        ReplayError: a main router has no native instance, or one that no global action reaches
+            and that has no action of its own: somebody cleared Megatron's list.
     """
     from r3patch._errors import ReplayError
     from r3patch.labels.model import main_routers
@@ -64,6 +65,15 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
             f"{bare or 'the model'} has no RouterReplay to drive. Build the model with "
             "moe_enable_routing_replay=True (megatron-core 0.16 and newer)."
         )
+    lost = [router.name for router in routers if _is_out_of_reach(router.module.router_replay)]
+    if lost:
+        raise ReplayError(
+            f"the RouterReplay of {', '.join(lost)} is not in Megatron's global list, so that no "
+            "global action reaches it: clear_global_router_replay_instances() was called after the "
+            "model was built, as it is once a reference model has been built. Set the action on "
+            "the instances, router.router_replay.set_router_replay_action(action), before drive(); "
+            "or append them to RouterReplay.global_router_replay_instances."
+        )
     for router in routers:
         column = routes.select([router.layer_number])
         ids = column.experts.permute(1, 0, 2).long()  # a copy, [1, num_tokens, topk]
@@ -71,3 +81,8 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
             gaps = (~column.valid[:, 0]).nonzero().squeeze(1)
             spread_missing(ids, [gaps], [router.num_experts])
         router.module.router_replay.set_target_indices(ids[0].to(router.module.weight.device))
+
+
+def _is_out_of_reach(replay: Any) -> bool:
+    listed = any(known is replay for known in type(replay).global_router_replay_instances)
+    return not listed and replay.router_replay_action is None

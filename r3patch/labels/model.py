@@ -231,6 +231,7 @@ def _note(
         router.chunks.append(chunk)
     if router.in_mtp and not in_mtp:
         router.name, router.in_mtp = name, False
+        router.chunks.sort(key=lambda other: other != chunk)  # the one that it belongs to first
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from r3patch import bridges
 from r3patch._errors import ReplayError, UnsupportedMegatronError, UnsupportedRoutingError
-from r3patch.bridges._common import ManagerTap
+from r3patch.bridges._attach import ManagerTap
 from r3patch.labels.model import Found, MainRouter, RouterInfo
 from r3patch.labels.scope import MAIN
 from r3patch.sessions._recompute import require_checkpoint_frames
@@ -296,10 +296,10 @@ def _topk_function() -> Callable[..., Any] | None:
 
 def _driver(router: Any) -> str | None:
     """What drives a router at this moment; None while every manager rests."""
-    name = bridges.driver(router)
+    replay = getattr(router, "router_replay", None)
+    name = bridges.replaying(router, replay)
     if name is not None:
         return f"the replay manager {name} is replaying or recording"
-    replay = getattr(router, "router_replay", None)
     if replay is None or isinstance(replay, ManagerTap) or hasattr(replay, "router_replay_action"):
         return None
     return f"router_replay is a {type(replay).__qualname__}"

@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from r3patch import ReplayError
-from r3patch.sessions._recompute import CallLog, in_backward, surroundings
+from r3patch import ReplayError, UnsupportedMegatronError
+from r3patch.sessions import _recompute
+from r3patch.sessions._recompute import (
+    CallLog,
+    in_backward,
+    require_checkpoint_frames,
+    surroundings,
+)
 
 
 class Router(torch.nn.Module):
@@ -157,6 +163,122 @@ def test_backward_in_another_thread(run) -> None:
         thread.start()
         thread.join()
     assert router.recomputed == [1, 0]
+
+
+@MIXED
+@BOTH
+def test_two_backwards_at_the_same_time(outer, run) -> None:
+    """Recomputes that run side by side, held against each other at every call, take their own."""
+    router = Router()
+    meet = threading.Barrier(2, timeout=60)
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        if in_backward():
+            meet.wait()
+        return run(router, x).exp()
+
+    inputs = [leaf() for _ in range(2)]
+    threads = [threading.Thread(target=outer(layers, x).sum().backward) for x in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = []
+    for value in range(2):
+        x = leaf()
+        (x * (value + 1)).sin().exp().sum().backward()
+        expected.append(x.grad)
+    for x, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(x.grad, want)
+
+
+@BOTH
+def test_threads_of_their_own(run) -> None:
+    """Each thread numbers its nodes from 0: forwards and backwards in fresh threads match."""
+    router, inputs = Router(), [leaf() for _ in range(3)]
+    losses: list[torch.Tensor] = []
+
+    def in_thread(call: Callable[[], object]) -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    for x in inputs:
+        in_thread(lambda x=x: losses.append(run(router, x).sum()))
+    for index in (1, 0, 2):
+        in_thread(losses[index].backward)
+    assert router.recomputed == [1, 0, 2]
+
+
+@MIXED
+@BOTH
+def test_a_failed_backward_and_then_another(outer, run) -> None:
+    """Two forwards are outstanding; the backward of one fails in a nested recompute."""
+    router = Router()
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        return run(router, run(router, x)).exp()
+
+    first, second = (outer(layers, x).sum() for x in (leaf(), leaf()))
+    handle = router.weight.register_hook(_fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        first.backward()
+    handle.remove()
+    router.recomputed.clear()
+    second.backward()
+    assert set(router.recomputed) <= {2, 3}
+
+
+def _fail(grad: torch.Tensor) -> None:
+    raise RuntimeError("out of memory")
+
+
+@BOTH
+def test_a_forward_inside_a_backward_hook_repeats_nothing(run) -> None:
+    """It is not taken for the recompute of the region whose backward is on the stack."""
+    router = Router()
+    x = leaf()
+    y = run(router, x)
+    y.register_hook(lambda grad: router(leaf()) and None)
+    with pytest.raises(ReplayError, match="no other forward inside backward"):
+        y.sum().backward()
+
+
+def with_a_backward_inside(run, router: Router) -> Callable[[torch.Tensor], torch.Tensor]:
+    def region(x: torch.Tensor) -> torch.Tensor:
+        y = router(x)
+        run(router, leaf()).sum().backward()
+        return router(y).exp()
+
+    return region
+
+
+def test_a_backward_inside_a_region() -> None:
+    """Its recomputes are its own, and the region's calls are repeated without them."""
+
+    def gradient(outer, inner) -> torch.Tensor:
+        router, x = Router(), leaf()
+        outer(with_a_backward_inside(inner, router), x).sum().backward()
+        return x.grad
+
+    torch.testing.assert_close(gradient(non_reentrant, non_reentrant), gradient(plain, plain))
+
+
+def test_a_backward_inside_a_region_that_cannot_be_told_apart() -> None:
+    """Its recomputes and the region's own calls would be one list: refused at once."""
+    router = Router()
+    with pytest.raises(ReplayError, match="a backward pass runs inside a checkpointed region"):
+        non_reentrant(with_a_backward_inside(reentrant, router), leaf())
+
+
+def test_an_unknown_checkpoint_is_refused_by_name(monkeypatch) -> None:
+    """A torch that holds the frame by another variable is named on entry, not a StopIteration."""
+    require_checkpoint_frames()
+    monkeypatch.setattr(_recompute, "_FRAME_VARIABLES", ("elsewhere",))
+    with pytest.raises(UnsupportedMegatronError, match="holds no variable out of"):
+        require_checkpoint_frames()
+    with pytest.raises(ReplayError, match="this checkpoint implementation is not known"):
+        non_reentrant(Router(), leaf())
 
 
 @BOTH
