@@ -79,11 +79,11 @@ def problems(routers: Sequence[RouterInfo]) -> list[Problem]:
 
 def _unequal_topk(main: Sequence[RouterInfo]) -> Iterator[Problem]:
     topk = {info.name: int(info.module.config.moe_router_topk) for info in main}
-    for name in topk:
-        if topk[name] != topk[main[0].name]:
+    for name, own in topk.items():
+        if own != topk[main[0].name]:
             yield Problem(
                 name,
-                f"moe_router_topk={topk[name]}",
+                f"moe_router_topk={own}",
                 f"{main[0].name} has {topk[main[0].name]}, and routes hold as many experts of each "
                 "layer. Layers with different topk cannot be replayed.",
                 "error",
@@ -260,11 +260,11 @@ def topk_sorts(*, grouped: bool) -> bool:
     Always up to 0.17; from 0.18 with grad enabled, and always for group-limited routing. Asked of
     the installed function once per case.
     """
-    return _topk_sorts(grouped, torch.is_grad_enabled())
+    return _topk_sorts(grouped=grouped, grad_enabled=torch.is_grad_enabled())
 
 
 @functools.cache
-def _topk_sorts(grouped: bool, grad_enabled: bool) -> bool:
+def _topk_sorts(*, grouped: bool, grad_enabled: bool) -> bool:
     topk_function = _topk_function()
     if topk_function is None:
         return True
