@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +12,9 @@ from hypothesis import strategies as st
 from r3patch import RoutesError
 from r3patch.rows.spread import spread_rows
 
-Case = tuple[int, int, int, int, int]
-
 
 @st.composite
-def sizes(draw: st.DrawFn) -> Case:
+def sizes(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
     """Any block size, expert-parallel size, topk, number of rows and start."""
     ep_size = draw(st.sampled_from([1, 2, 4, 8]))
     num_experts = ep_size * draw(st.integers(1, 40))
@@ -28,7 +28,7 @@ def difference(loads: torch.Tensor) -> int:
 
 @settings(max_examples=300, deadline=None)
 @given(sizes())
-def test_loads_differ_by_one_at_most(case: Case) -> None:
+def test_loads_differ_by_one_at_most(case: Any) -> None:
     """Over experts and over expert-parallel ranks, whatever the number of rows."""
     num_rows, topk, num_experts, first, ep_size = case
     rows = spread_rows(num_rows, topk, num_experts, first=first, ep_size=ep_size)
@@ -39,7 +39,7 @@ def test_loads_differ_by_one_at_most(case: Case) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(sizes())
-def test_rows_are_routes(case: Case) -> None:
+def test_rows_are_routes(case: Any) -> None:
     """Every row has topk distinct ids in range, as int64."""
     num_rows, topk, num_experts, first, ep_size = case
     rows = spread_rows(num_rows, topk, num_experts, first=first, ep_size=ep_size)
@@ -51,7 +51,7 @@ def test_rows_are_routes(case: Case) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(sizes(), st.integers(0, 30))
-def test_first_goes_on_where_earlier_rows_ended(case: Case, more: int) -> None:
+def test_first_goes_on_where_earlier_rows_ended(case: Any, more: Any) -> None:
     """Filling in two steps gives the rows of one step."""
     num_rows, topk, num_experts, first, ep_size = case
     whole = spread_rows(num_rows + more, topk, num_experts, first=first, ep_size=ep_size)
@@ -70,7 +70,7 @@ def test_first_goes_on_where_earlier_rows_ended(case: Case, more: int) -> None:
     ],
 )
 def test_sizes_that_cannot_be_spread_are_refused(
-    topk: int, experts: int, ep_size: int, message: str
+    topk: int, experts: Any, ep_size: int, message: Any
 ) -> None:
     """Repeated experts in a row are never the answer."""
     with pytest.raises(RoutesError, match=message):
