@@ -78,16 +78,6 @@ def problems(routers: Sequence[RouterInfo]) -> list[Problem]:
 
 
 def _unequal_topk(main: Sequence[RouterInfo]) -> Iterator[Problem]:
-<<<<<<< HEAD
-    topk = {info.name: int(info.module.config.moe_router_topk) for info in main}
-    for name, own in topk.items():
-        if own != topk[main[0].name]:
-            yield Problem(
-                name,
-                f"moe_router_topk={own}",
-                f"{main[0].name} has {topk[main[0].name]}, and routes hold as many experts of each "
-                "layer. Layers with different topk cannot be replayed.",
-=======
     for info in main:
         topk, others = (int(i.module.config.moe_router_topk) for i in (info, main[0]))
         if topk != others:
@@ -96,7 +86,6 @@ def _unequal_topk(main: Sequence[RouterInfo]) -> Iterator[Problem]:
                 f"moe_router_topk={topk}",
                 f"{main[0].name} has {others}, and routes hold as many experts of each layer. "
                 "Layers with different topk cannot be replayed.",
->>>>>>> main
                 "error",
             )
             return
@@ -170,16 +159,16 @@ def _weakened(config: Any) -> Iterator[tuple[str, str]]:
         yield (
             f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}",
             (
-                "assignments above the capacity are dropped after replay, so the trained routes are "
-                "not the rollout's. Set it to None."
+                "assignments above the capacity are dropped after replay, so the trained routes "
+                "are not the rollout's. Set it to None."
             ),
         )
     if getattr(config, "moe_router_fusion", False):
         yield (
             "moe_router_fusion=True",
             (
-                "the fused kernel returns before the extension point: sessions turn it off for their "
-                "duration, so bits differ from the fused kernel's."
+                "the fused kernel returns before the extension point: sessions turn it off for "
+                "their duration, so bits differ from the fused kernel's."
             ),
         )
 
