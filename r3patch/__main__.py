@@ -1,3 +1,5 @@
+"""``python -m r3patch``: the command line."""
+
 import sys
 
 from r3patch.cli import main

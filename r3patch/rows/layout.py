@@ -148,12 +148,9 @@ class Layout:
             tokens = torch.full((index.numel(),), -1, dtype=torch.int32, device="cpu")
         experts = like.experts.new_zeros(index.numel(), like.num_layers, like.topk)
         valid = torch.zeros(index.numel(), like.num_layers, dtype=torch.bool, device="cpu")
-        for sample, rows in zip(samples, torch.split(place, lengths), strict=True):
-            here = rows >= 0
-            if here.all():
-                kept = sample
-            else:
-                kept, rows = sample[here], rows[here]
+        for sample, places in zip(samples, torch.split(place, lengths), strict=True):
+            here = places >= 0
+            kept, rows = (sample, places) if here.all() else (sample[here], places[here])
             experts.index_copy_(0, rows, kept.experts)
             valid.index_copy_(0, rows, kept.mask)
             if tokens is not None and kept.tokens is not None:

@@ -47,7 +47,7 @@ def child(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
     """Starts a Python that runs a snippet with R3PATCH_TRACE set."""
 
     def start(code: str) -> subprocess.Popen[str]:
-        env = {**os.environ, "R3PATCH_TRACE": str(tmp_path / "run.jsonl"), "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "R3PATCH_TRACE": str(tmp_path / "run.jsonl")}
         command = [sys.executable, "-c", textwrap.dedent(code)]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 

@@ -75,8 +75,7 @@ class Run:
 
     def trace(self, sessions: list[dict[str, Any]]) -> History:
         """Write sessions, in order, by the rank and the process that they name; read them back."""
-        for session in sessions:
-            session = dict(session)
+        for session in map(dict, sessions):
             rank = session.pop("rank", 0)
             self._monkeypatch.setattr(writer, "_rank", lambda rank=rank: rank)
             self._monkeypatch.setattr(writer, "_process", session.pop("process", "first"))
