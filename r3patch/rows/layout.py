@@ -287,7 +287,7 @@ class Layout:
         return index.chunk(self.tp_size)[self.tp_rank]
 
     def _packed_index(self, lengths: list[int]) -> Tensor:
-        zigzag = self.cp_size > 1 and self.cp_order == "zigzag"
+        zigzag = self.cp_order == "zigzag"  # of one rank: no cut, as contiguous
         unit = math.lcm(self.align, self._cp_chunks) if zigzag else self.align
         padded = [_pad(tokens, -len(tokens) % unit) for tokens in _tokens(lengths)]
         tail = self._tail(sum(len(tokens) for tokens in padded))

@@ -64,6 +64,12 @@ def test_tokens_that_cannot_be_cut_are_refused() -> None:
         uneven.place([sample(0, 5)])
 
 
+def test_tensor_parallel_ranks_without_sequence_parallelism_cut_nothing() -> None:
+    """They hold the same tokens, so a row need not be a multiple of tp_size."""
+    layout = Layout(packed=False, seq_length=6, tp_size=4, tp_rank=3)
+    assert layout.place([sample(0, 5)]).num_tokens == 6
+
+
 def test_a_pack_longer_than_its_length_is_refused() -> None:
     """An absolute length is no multiple: what does not fit is not cut."""
     with pytest.raises(RoutesError, match="have 6 tokens, more than pack_length=5"):
@@ -109,6 +115,8 @@ def test_parts_that_are_not_this_layouts_are_refused() -> None:
         layout.unplace(parts[:1], [8])
     with pytest.raises(RoutesError, match=r"part 0 has 4 rows, .* its rank 6 of samples of \[9\]"):
         layout.unplace(parts, [9])
+    with pytest.raises(RoutesError, match=r"part 1 has 6 rows, .* its rank 4 of samples of \[8\]"):
+        layout.unplace([parts[0], Layout().place([sample(0, 6)])], [8])
     with pytest.raises(RoutesError, match=r"got none"):
         layout.unplace([], [8])
 
