@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from r3patch._config import CONFIG as _CONFIG
+from r3patch import _config
 from r3patch._errors import (
     ConfigError,
     R3PatchError,
@@ -136,5 +136,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if not _CONFIG.disable:
+if not _config.CONFIG.disable:
     install()

@@ -1,14 +1,16 @@
 """The one reader of the environment: every ``R3PATCH_`` variable, its values and its default.
 
 Read once, at import, and strictly: a misspelt switch that is ignored would leave a run trained
-differently from what its owner asked for, without a word.
+differently from what its owner asked for, without a word. The rest of the package reads
+``_config.CONFIG`` at the time of use, so that `override` reaches everyone.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from r3patch._errors import ConfigError
@@ -58,6 +60,28 @@ def _bridges(text: str) -> tuple[str, ...]:
     return tuple(name for name in BRIDGES if name in names)
 
 
+def _trace(text: str) -> str | None:
+    """Refuses what is known to fail without touching the disk: a session may never come.
+
+    A folder that is not there is none of that, as long as the run could make it.
+    """
+    folder = os.path.dirname(text)
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    folder = folder or os.curdir
+    if not text:
+        return None
+    if os.path.isdir(text) or not os.path.basename(text):
+        reason = "that is a folder, name a file in it"
+    elif not os.path.isdir(folder):
+        reason = f"{folder} is not a folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"this process cannot write to {os.path.abspath(folder)}"
+    else:
+        return text
+    raise ConfigError(f"R3PATCH_TRACE is {text!r}: {reason}. Correct the path or unset it.")
+
+
 _SWITCH = _one_of({"0": False, "1": True})
 
 #: Keyed by the field of `Config` that the variable sets.
@@ -85,7 +109,7 @@ TABLE: dict[str, Variable] = {
         "",
         "nothing, or a path",
         "JSON lines, one per session and rank",
-        lambda text: text or None,
+        _trace,
     ),
 }
 
@@ -118,3 +142,21 @@ def _value(variable: Variable, environ: Mapping[str, str]) -> Any:
 
 
 CONFIG = read(os.environ)
+
+
+@contextmanager
+def override(**fields: Any) -> Iterator[Config]:
+    """Other values for fields of `Config` inside the block, in the whole process.
+
+    For tests, and for the demo, which traces a part of itself.
+
+    Raises:
+        TypeError: `Config` has no such field.
+    """
+    global CONFIG
+    before = CONFIG
+    CONFIG = replace(before, **fields)
+    try:
+        yield CONFIG
+    finally:
+        CONFIG = before

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
+from r3patch.rows.overlap import suspicious_overlap
 from r3patch.rows.routes import Routes
 
 __all__ = [
@@ -141,7 +142,7 @@ class RouteMismatch:
 
     @property
     def mismatch(self) -> float:
-        """Fraction of router calls (rows) whose set of experts differs, over all layers."""
+        """Fraction of rows whose set of experts differs, over all layers."""
         return _ratio(sum(self.rows_differing), sum(self.rows))
 
     @property
@@ -211,15 +212,6 @@ def route_mismatch(a: Routes, b: Routes) -> RouteMismatch:
         int(valid.any(1).sum()),
         int(differs.any(1).sum()),
     )
-
-
-def suspicious_overlap(topk: int, num_experts: int) -> float:
-    """The overlap below which two selections hardly are of the same tokens, layers and weights.
-
-    Half way between that of unrelated selections, ``topk / num_experts``, and equality. Rollout
-    and trainer share about 98 % of their experts where 10 % of the rows differ.
-    """
-    return (1 + topk / num_experts) / 2
 
 
 @dataclass(frozen=True, eq=False)

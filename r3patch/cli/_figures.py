@@ -8,17 +8,23 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from r3patch.cli._terminal import need
-from r3patch.observe.history import History, gap_series
+import matplotlib
+from matplotlib import colors, ticker
+from matplotlib.figure import Figure as Canvas
+
+from r3patch.observe.history import History
+from r3patch.observe.reader import Load
 
 _WIDTH, _HEIGHT = 5.2, 3.2  # inches
 _INK, _GRID, _VOID = "#22262b", "#d9dce0", "#eceef0"
 _COLORS = ("#0b6e99", "#c2571a", "#5b7f2b", "#7a4fa3")
-_STYLE = {
+_MAX_PHASES = 4
+_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # names of notes and phases may have a $
     "svg.fonttype": "path",
     "svg.hashsalt": "r3patch",  # the same numbers give the same bytes
     "font.size": 9,
@@ -53,23 +59,30 @@ class Figure:
 
 def figures(history: History) -> list[Figure]:
     """Those for which the traces have numbers."""
-    need("matplotlib", "report").use("svg")
-    with need("matplotlib", "report").rc_context(_STYLE):
-        drawn = [
-            _mismatch(history),
-            _mismatch_over_steps(history),
-            _policy_gap(history),
-            _rows(history),
-            _load(history, padding=False),
-            _load(history, padding=True),
-        ]
+    matplotlib.use("svg")
+    phases = list(history.phases.items())[:_MAX_PHASES] or [("", history)]
+    drawn: list[Figure | None] = []
+    with matplotlib.rc_context(_STYLE):
+        for name, phase in phases:
+            of_phase = [
+                _mismatch(phase),
+                _mismatch_over_steps(phase),
+                _policy_gap(phase),
+                _rows(phase),
+            ]
+            drawn += [_named(figure, name if len(phases) > 1 else "") for figure in of_phase]
+        for num_experts, loads in sorted(history.loads.items()):
+            name = f"{num_experts} experts" if len(history.loads) > 1 else ""
+            drawn += [_named(_load(loads, padding=padding), name) for padding in (False, True)]
     return [figure for figure in drawn if figure is not None]
 
 
+def _named(figure: Figure | None, name: str) -> Figure | None:
+    return figure and replace(figure, title=f"{figure.title}, {name}" if name else figure.title)
+
+
 def _axes(rows: int = 1, height: float = _HEIGHT, *, sharex: bool = True) -> tuple[Any, Any]:
-    figure = need("matplotlib.figure", "report").Figure(
-        figsize=(_WIDTH, height), layout="constrained"
-    )
+    figure = Canvas(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, 1, sharex=sharex, squeeze=False)[:, 0]
 
 
@@ -86,25 +99,30 @@ def _step_label(history: History) -> str:
 def _mismatch(history: History) -> Figure | None:
     if not history.total("rows_measured"):
         return None
-    colors = need("matplotlib.colors", "report")
-    grid = [[history.mismatch(layer, step) for step in history.steps] for layer in history.layers]
-    highest = max(value for row in grid for value in row if not math.isnan(value))
+    grid = [
+        [history.worst.get((layer, step), math.nan) for step in history.steps]
+        for layer in history.layers
+    ]
+    highest = max(history.worst.values())
     figure, (axes,) = _axes()
     # One scale for every run, and finer where healthy runs are: reports can be laid side by side.
     scale = colors.PowerNorm(0.6, vmin=0, vmax=1)
     image = _heat(axes, grid, history.layers, cmap="YlOrRd", norm=scale)
     _label_steps(axes, history)
     bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[0, 0.02, 0.1, 0.25, 0.5, 1])
-    bar.ax.yaxis.set_major_formatter(need("matplotlib.ticker", "report").PercentFormatter(1, 0))
-    bar.set_label("rows that differ")
+    bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1, 0))
+    bar.set_label("router calls that differ")
     whole = history.total("rows_differing") / history.total("rows_measured")
     return Figure(
         "Mismatch by layer and step",
         "Fraction of replayed rows whose set of experts is not the one that Megatron would have "
-        "chosen. A pale, even field is healthy. Dark everywhere: routes shifted by a layer, or of "
-        "other weights. Dark columns: stale rows. Grey: nothing was replayed or measured.",
+        "chosen, in the worst session and rank of each step. A pale, even field is healthy. Dark "
+        "everywhere: routes shifted by a layer, or of other weights. Dark columns: stale rows. "
+        "Grey: nothing was replayed or measured. Megatron is asked on inputs that replay has made "
+        "in the layers before, so without replay more would differ.",
         _svg(figure),
-        f"Heat map: {whole:.1%} of rows differ over all layers and steps, {highest:.1%} at most.",
+        f"Heat map: {whole:.1%} of router calls differ over all layers and steps, {highest:.1%} at "
+        "most.",
     )
 
 
@@ -114,6 +132,13 @@ def _mismatch_over_steps(history: History) -> Figure | None:
     rows = _quotients(history.by_step("rows_differing"), history.by_step("rows_measured"))
     figure, (axes,) = _axes()
     _line(axes, history.steps, rows, "router calls", 0)
+    worst = [
+        max(value for (_, of), value in history.worst.items() if of == step)
+        if any(of == step for _, of in history.worst)
+        else math.nan
+        for step in history.steps
+    ]
+    _line(axes, history.steps, worst, "worst layer, session and rank", 2)
     if history.tokens:
         steps = sorted(history.tokens)
         values = [history.tokens[step][1] / history.tokens[step][0] for step in steps]
@@ -129,8 +154,8 @@ def _mismatch_over_steps(history: History) -> Figure | None:
     )
     return Figure(
         "Mismatch over steps",
-        "Router calls whose set of experts differs, and tokens that differ in at least one layer."
-        + bound,
+        "Router calls that differ, over all layers, sessions and ranks and in the worst of them, "
+        "and tokens that differ in at least one layer." + bound,
         _svg(figure),
         f"Lines: router calls differ by {_first_last(rows)} from the first to the last step.",
     )
@@ -142,7 +167,7 @@ def _policy_gap(history: History) -> Figure | None:
         "k3": "k3 KL",
         "above_2": "ratio > 2",
     }
-    panels = {m: found for m in labels if (found := gap_series(history, m))}
+    panels = {m: found for m in labels if (found := history.gap_series(m))}
     if not panels:
         return None
     figure, axes = _axes(len(panels), height=1.3 + 1.25 * len(panels))
@@ -150,7 +175,7 @@ def _policy_gap(history: History) -> Figure | None:
     for axis, (measure, found) in zip(axes, panels.items(), strict=True):
         for prefix, series in found.items():
             steps = sorted(series)
-            name = prefix.replace("_", " ") or "replay"
+            name = _legible(prefix.replace("_", " ")) or "replay"
             _line(axis, steps, [series[s] for s in steps], name, prefixes.index(prefix))
         axis.set(ylabel=labels[measure])
         _from_zero(axis, percent=measure == "above_2")
@@ -200,7 +225,6 @@ def _rows(history: History) -> Figure | None:
 
 
 def _stack(axes: Any, places: Sequence[int], sources: dict[str, list[float]]) -> None:
-    ticker = need("matplotlib.ticker", "report")
     bottom = [0.0] * len(places)
     width = 0.88 * min((b - a for a, b in pairwise(places)), default=1)
     for source, values in sources.items():
@@ -218,11 +242,9 @@ def _stack(axes: Any, places: Sequence[int], sources: dict[str, list[float]]) ->
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 
-def _load(history: History, *, padding: bool) -> Figure | None:
-    layers = sorted(history.load)
-    counts = [
-        history.load[layer].padding if padding else history.load[layer].real for layer in layers
-    ]
+def _load(loads: dict[int, Load], *, padding: bool) -> Figure | None:
+    layers = sorted(loads)
+    counts = [loads[layer].padding if padding else loads[layer].real for layer in layers]
     if not sum(map(sum, counts)):
         return None
     relative = [[n * len(row) / (sum(row) or math.nan) for n in row] for row in counts]
@@ -247,20 +269,20 @@ def _load(history: History, *, padding: bool) -> Figure | None:
     )
 
 
-def _heat(axes: Any, grid: list[list[float]], layers: Sequence[int], **colors: Any) -> Any:
+def _heat(axes: Any, grid: list[list[float]], layers: Sequence[int], **look: Any) -> Any:
     """Layers from the top down, as the model runs."""
-    image = axes.imshow(grid, aspect="auto", interpolation="nearest", **colors)
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", **look)
     axes.set_facecolor(_VOID)
     axes.grid(visible=False)
     every = max(1, math.ceil(len(layers) / 12))
     axes.set_yticks(range(0, len(layers), every), [str(n) for n in layers[::every]])
-    axes.xaxis.set_major_locator(need("matplotlib.ticker", "report").MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
     return image
 
 
 def _label_steps(axes: Any, history: History) -> None:
     """Columns of a picture have places; steps may have gaps between them."""
-    ticker, steps = need("matplotlib.ticker", "report"), history.steps
+    steps = history.steps
     axes.set(xlabel=_step_label(history), ylabel="layer")
     axes.xaxis.set_major_formatter(
         ticker.FuncFormatter(
@@ -272,16 +294,22 @@ def _label_steps(axes: Any, history: History) -> None:
 def _line(axes: Any, steps: Sequence[int], values: Sequence[float], name: str, color: int) -> None:
     marker = "o" if len(steps) <= 40 else ""
     color_ = _COLORS[color % len(_COLORS)]
+    # What a run that blew up has noted: beyond these, matplotlib's own arithmetic overflows.
+    values = [value if abs(value) < 1e100 else math.nan for value in values]
     axes.plot(steps, values, color=color_, label=name, marker=marker, markersize=2.5)
 
 
 def _from_zero(axes: Any, *, percent: bool) -> None:
     """Axes of sizes begin at 0: a cut one makes noise look like a trend."""
-    ticker = need("matplotlib.ticker", "report")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if percent:
         axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+
+
+def _legible(text: str) -> str:
+    """Without control characters, which no SVG may hold, and short enough for a legend."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:40]
 
 
 def _quotients(parts: Sequence[float], wholes: Sequence[float]) -> list[float]:

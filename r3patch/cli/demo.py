@@ -15,12 +15,15 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
+
 from r3patch import _config
-from r3patch.cli._terminal import need, paragraph, table
+from r3patch.cli._terminal import console, paragraph, table
 
 LENGTH = 128  # tokens per sample; a token is a byte of text
 BATCH = 4  # samples per microbatch
@@ -46,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console = need("rich.console", "cli").Console(highlight=False)
+    out = console()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser wants a C++ compiler
     warnings.filterwarnings("ignore")  # Megatron's, about kernels that a CPU has no use for
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    torch = need("torch", "demo")
-    need("megatron.core", "demo")
-    need("matplotlib", "report")
+    import megatron.core  # noqa: F401  (what is missing is told before the training, not after)
+    import torch
+
     from r3patch import testing
     from r3patch.cli import report
     from r3patch.observe import history as histories
@@ -60,19 +63,23 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder, testing.megatron_on_cpu():
         trace = Path(folder, "demo.jsonl")
-        steps = _experiment(args, console, trace)
-        console.print(_table(steps))
-        console.print(paragraph(_reading(steps)))
+        steps = _experiment(args, out, trace)
+        out.print(_table(steps))
+        out.print(paragraph(_reading(steps)))
         history = histories.load([str(trace)])
-        page = report.page(history, "r3patch demo: one policy step")
+        about = (
+            f"Each step on this page is one of the {MICROBATCHES} microbatches of a single policy "
+            "step."
+        )
+        page = report.page(history, "r3patch demo: one policy step", about)
         Path(args.output).write_text(page, encoding="utf-8")
-    console.print(paragraph(f"{args.output} is the report of the second column."))
+    out.print(paragraph(f"{args.output} is the report of the second column."))
     return 0
 
 
-def _experiment(args: argparse.Namespace, console: Any, trace: Path) -> dict[str, Step]:
+def _experiment(args: argparse.Namespace, out: Console, trace: Path) -> dict[str, Step]:
     """Train, roll out, and take the policy step in each way; replay writes a trace."""
-    with need("rich.progress", "cli").Progress(console=console, transient=True) as progress:
+    with Progress(console=out, transient=True) as progress:
         train, held_out = _texts(args.seed)
         model = _model(args.seed)
         _train(model, train, progress.track(range(args.steps), description="training"))
@@ -80,20 +87,10 @@ def _experiment(args: argparse.Namespace, console: Any, trace: Path) -> dict[str
         rollout = _rollout(model, progress.track(batches, description="rollout in bf16"))
         steps = {}
         for way in progress.track(WAYS, description="policy step, three ways"):
-            with _traced(trace) if way == WAYS[1] else nullcontext():
+            traced = _config.override(trace=str(trace)) if way == WAYS[1] else nullcontext()
+            with traced:
                 steps[way] = _policy_step(model, batches, rollout, way)
     return steps
-
-
-@contextmanager
-def _traced(path: Path) -> Iterator[None]:
-    """R3PATCH_TRACE for a part of the process."""
-    before = _config.CONFIG
-    _config.CONFIG = replace(before, trace=str(path))
-    try:
-        yield
-    finally:
-        _config.CONFIG = before
 
 
 def _texts(seed: int) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
@@ -183,8 +180,8 @@ def _policy_step(
             gap = gap.merge(part)
     mismatch = _mismatch(trained, routes)
     figures = {
-        "router calls that differ": mismatch.mismatch,
-        "tokens that differ in a layer": mismatch.token_mismatch,
+        "rows trained unlike the rollout": mismatch.mismatch,
+        "tokens with such a row": mismatch.token_mismatch,
         "mean |delta log-prob|": gap.mean_abs,
         "k3 KL": gap.k3,
         "tokens off by a factor > 2": gap.above_2,
@@ -294,7 +291,7 @@ def _table(steps: dict[str, Step]) -> Any:
 
 
 def _number(name: str, value: float) -> str:
-    if "differ" in name or "factor" in name:
+    if "row" in name or "factor" in name:
         return f"{value:.2%}"
     return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.4f}"
 

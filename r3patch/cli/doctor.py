@@ -15,7 +15,6 @@ from typing import Any
 import r3patch
 from r3patch import _config
 from r3patch._errors import R3PatchError
-from r3patch.cli._terminal import console, paragraph, plain, table
 from r3patch.labels.model import routers, verify
 from r3patch.labels.scope import MAIN
 from r3patch.labels.targets import TARGETS
@@ -96,6 +95,8 @@ def examine(model: str | None = None, *, cpu: bool = False) -> Examination:
     _examine_megatron(seen)
     _examine_versions(seen)
     for name, state, detail in r3patch.status().targets:
+        if name.startswith("bridge "):
+            continue  # bridges are below, also those that are well
         seen.targets.append({"name": name, "state": state, "detail": detail})
         if state != "installed":
             seen.find("error", name, f"{state}: {detail}" if detail else state)
@@ -179,7 +180,7 @@ def _examine_model(seen: Examination, spec: str, cpu: bool) -> None:
         verify(model)
     except R3PatchError as error:
         seen.find("error", type(error).__name__, error)
-    for problem in _preflight.problems(model):
+    for problem in _preflight.problems(infos):
         seen.find(problem.level, f"{problem.name}: {problem.setting}", problem.text)
 
 
@@ -205,6 +206,8 @@ def _build(spec: str, cpu: bool) -> Any:
 
 def show(seen: Examination) -> None:
     """Print it for a reader; fits a terminal of 60 columns."""
+    from r3patch.cli._terminal import console, paragraph, plain, table
+
     out = console()
     versions = [(name, version or "[red]not found[/]") for name, version in seen.versions.items()]
     versions += [(f"[dim]{name}[/]", version) for name, version in seen.frameworks.items()]
@@ -222,7 +225,10 @@ def show(seen: Examination) -> None:
     out.print(table("Other replay managers", ["manager", "state", "reason"], bridges))
     if seen.routers is not None:
         headings = ["router", "scope", "layer", "MoE #", "is_mtp_layer"]
-        rows = [[_cell(value) for value in router.values()] for router in seen.routers]
+        rows = [
+            ["[dim]-[/]" if value is None else plain(str(value)) for value in router.values()]
+            for router in seen.routers
+        ]
         out.print(table("Routers", headings, rows))
     for finding in seen.findings:
         color = "red" if finding.level == "error" else "yellow"
@@ -235,10 +241,6 @@ def show(seen: Examination) -> None:
         out.print(f"[bold green]Good.[/] Nothing here keeps replay from {what}.")
     else:
         out.print("[bold red]Not good.[/] Replay would be refused, or miss routers: see above.")
-
-
-def _cell(value: Any) -> str:
-    return "[dim]-[/]" if value is None else plain(str(value))
 
 
 def _colored(state: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -10,9 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from r3patch._errors import R3PatchError
-from r3patch.cli._terminal import console, need, paragraph, plain, table
-from r3patch.observe.history import spans
+from r3patch.cli._terminal import console, paragraph, plain, table
+from r3patch.observe.numerals import percent, spans
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """One file: 1 if a layer is suspicious. Two: 1 if they differ, as diff has it. Else 0."""
     out = console()
-    first = load(args.file, args)
-    if args.other is None:
-        return _show(out, args.file, first)
-    second = load(args.other, args)
-    return _compare(out, first, second)
+    files = [path for path in (args.file, args.other) if path is not None]
+    try:
+        routes = [load(path, args) for path in files]
+    except OSError as error:  # torch's on a cut file has no name
+        raise R3PatchError(error if error.filename else f"{' or '.join(files)}: {error}") from error
+    return _show(out, args.file, routes[0]) if len(routes) == 1 else _compare(out, *routes)
 
 
 def load(path: str, args: argparse.Namespace) -> Routes:
@@ -55,6 +59,8 @@ def load(path: str, args: argparse.Namespace) -> Routes:
     data = Path(path).read_bytes()
     if is_one(data):
         return Routes.load(path)
+    if data.startswith(b'{"schema":'):
+        raise R3PatchError(f"{path} is a trace and holds no routes: r3patch report {path}")
     names = ("num_tokens", "num_experts", "topk", "num_layers")
     absent = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
     if absent:
@@ -63,7 +69,7 @@ def load(path: str, args: argparse.Namespace) -> Routes:
             f"{', '.join(absent)}."
         )
     return decode(
-        _payload(data),
+        _payload(path, data),
         **{name: getattr(args, name) for name in names},
         moe_layers=_numbers(args.moe_layers) if args.moe_layers else None,
         on_bad_rows="invalid",
@@ -71,18 +77,20 @@ def load(path: str, args: argparse.Namespace) -> Routes:
     )
 
 
-def _payload(data: bytes) -> Any:
-    if data[:6] == b"\x93NUMPY":
-        import io
-
-        return need("numpy", "rollout").load(io.BytesIO(data), allow_pickle=False)
+def _payload(path: str, data: bytes) -> Any:
     text = data.strip()
-    if text[:1] in (b"[", b"{", b'"'):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise R3PatchError(f"it starts like JSON, but is not: {error}") from error
-    return text
+    try:
+        if data[:6] == b"\x93NUMPY":
+            import numpy as np
+
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        return json.loads(text) if text[:1] in (b"[", b"{", b'"') else text
+    except ImportError:
+        raise
+    except Exception as error:  # numpy and json raise half a dozen kinds on foreign bytes
+        kind = "a .npy file" if data[:6] == b"\x93NUMPY" else "JSON"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise R3PatchError(f"{path} starts like {kind}, but is not: {reason:.200}") from error
 
 
 def _numbers(text: str) -> list[int]:
@@ -158,7 +166,7 @@ def _show(out: Any, path: str, routes: Routes) -> int:
 
 def heat(counts: list[int], width: int) -> Any:
     """Counts as a bar of blocks, neighbours summed to `width`; full is twice the mean or more."""
-    text = need("rich.text", "cli").Text()
+    text = Text()
     edges = [round(i * len(counts) / width) for i in range(width + 1)]
     bins = [sum(counts[a:b]) / (b - a) for a, b in pairwise(edges) if b > a]
     mean = sum(counts) / len(counts) if counts else 0
@@ -188,14 +196,14 @@ def _compare(out: Any, a: Routes, b: Routes) -> int:
         a, b = a[0:short], b[0:short]
     found = route_mismatch(a, b)
     rows = [
-        (str(layer), str(rows), _percent(mismatch), _percent(overlap), _bar(mismatch))
+        (str(layer), str(rows), percent(mismatch), percent(overlap), _bar(mismatch))
         for layer, rows, mismatch, overlap in zip(
             found.layers, found.rows, found.mismatch_by_layer, found.overlap_by_layer, strict=True
         )
     ]
     out.print(table("Where they differ", ["layer", "rows", "differ", "overlap", ""], rows))
-    out.print(f"{_percent(found.mismatch)} of rows differ, overlap {_percent(found.overlap)}.")
-    out.print(f"{_percent(found.token_mismatch)} of tokens differ in at least one layer.")
+    out.print(f"{percent(found.mismatch)} of rows differ, overlap {percent(found.overlap)}.")
+    out.print(f"{percent(found.token_mismatch)} of tokens differ in at least one layer.")
     for text in shifts(a, b, found):
         out.print(f"[bold yellow]suspicious[/] {text}")
     return 1 if found.rows_differing != (0,) * len(found.rows) else 0
@@ -243,10 +251,6 @@ def _overlap_by_token_shift(a: Routes, b: Routes, by: int) -> float:
         return math.nan
     ours, theirs = (slice(0, n - by), slice(by, n)) if by > 0 else (slice(-by, n), slice(0, n + by))
     return route_mismatch(a[ours], b[theirs]).overlap
-
-
-def _percent(part: float) -> str:
-    return "-" if math.isnan(part) else f"{part:.1%}"
 
 
 def _bar(part: float) -> str:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import argparse
 import base64
 import math
+import shutil
+import textwrap
 import time
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from r3patch.cli._figures import Figure, figures
-from r3patch.observe.history import Check, History, checks, gap_series, load, other_notes
+from r3patch.observe.history import Counts, History, load
+from r3patch.observe.numerals import compact, percent, plural
+from r3patch.observe.verdict import Check, Verdict, checks, judged, verdict
+
+if TYPE_CHECKING:
+    from r3patch.cli._figures import Figure
 
 _MARKS = {True: ("good", "✓", "yes"), False: ("bad", "✗", "no"), None: ("unknown", "-", "unknown")}
-_MAX_ERRORS = 50
+_MAX_ROWS = 50
+_MAX_WORST = 8
+_MAX_TEXT = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,16 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """0 if the run is good, 1 if it is not; the first line says which, and why."""
     history = load(args.trace)
+    found = checks(history)
+    _print(verdict(found).text)
+    for check in found:
+        _print(f"{_MARKS[check.good][1]} {check.question} {check.answer}")
     Path(args.output).write_text(page(history, args.title), encoding="utf-8")
-    for check in checks(history):
-        print(f"{_MARKS[check.good][1]} {check.question} {check.answer}")
-    print(f"{args.output} written.")
-    return 0
+    _print(f"{args.output} written.")
+    return 0 if verdict(found).good else 1
 
 
-def page(history: History, title: str) -> str:
+def _print(text: str) -> None:
+    width = shutil.get_terminal_size().columns
+    print(textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def page(history: History, title: str, about: str = "") -> str:
     """The whole page. The policy in its head keeps the browser from asking anyone for anything."""
+    found = checks(history)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -45,6 +63,7 @@ def page(history: History, title: str) -> str:
 <meta http-equiv="Content-Security-Policy"
       content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">
 <style>{_STYLE}</style>
@@ -52,29 +71,44 @@ def page(history: History, title: str) -> str:
 <body>
 <header>
 <h1>{escape(title)}</h1>
-<p class="subtitle">{escape(_subtitle(history))}</p>
+<p class="subtitle">{escape(" ".join(filter(None, (_subtitle(history), about))))}</p>
 </header>
 <main>
-{_body(history)}
+{_verdict(verdict(found))}
+{_body(history, found)}
 </main>
 </body>
 </html>
 """
 
 
-def _body(history: History) -> str:
+def _verdict(found: Verdict) -> str:
+    word, _, rest = found.text.partition(".")
+    if found.good and "," in word:
+        word, rest = "Good", found.text.removeprefix("Good")
+    else:
+        word += "."
+    kind = _MARKS[found.good][0]
+    return f'<p class="verdict {kind}"><strong>{escape(word)}</strong>{escape(rest)}</p>'
+
+
+def _body(history: History, found: Sequence[Check]) -> str:
+    from r3patch.cli._figures import figures
+
     drawn = figures(history)
     sections = {
         "Key figures": _key_figures(history),
         "Is it on?": "",
+        "Worst sessions": _worst(history),
         "Figures": _pictures(drawn),
         "MTP routers": _mtp(history),
         "Refusals and errors": _errors(history),
         "Notes": _notes(history),
+        "Unreadable": _unreadable(history),
         "Provenance": _provenance(history),
     }
     there = {*(title for title, body in sections.items() if body), *(f.title for f in drawn)}
-    sections["Is it on?"] = _checks(checks(history), there)
+    sections["Is it on?"] = _checks(found, there)
     return "\n".join(
         f'<section id="{_slug(title)}"><h2>{title}</h2>{body}</section>'
         for title, body in sections.items()
@@ -89,9 +123,12 @@ def _slug(title: str) -> str:
 def _subtitle(history: History) -> str:
     steps = history.steps
     unit = "step" if history.numbered else "session"
-    span = f"{unit}s {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"{unit} {steps[0]}"
+    span = f"{unit}s {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"{unit} {[*steps, 0][0]}"
     where = f"{len(history.ranks)} ranks" if len(history.ranks) > 1 else "one rank"
-    return f"{history.sessions:,} replay sessions, {span}, {where}" if steps else where
+    names = [name for name in history.phases if name]
+    phases = f", phases {', '.join(names)}" if names else ""
+    count = plural(len(history.replays), "replay session")
+    return f"{count}, {span}, {where}{phases}" if steps else f"{count}, {where}"
 
 
 def _key_figures(history: History) -> str:
@@ -99,19 +136,21 @@ def _key_figures(history: History) -> str:
     routed = rows + history.total("rows_live") + history.total("rows_spread")
     recompute = history.total("recompute_rows_measured")
     tokens = [sum(pair) for pair in zip(*history.tokens.values(), strict=True)]
-    gap = gap_series(history, "mean_abs").get("", {})
+    gap = history.gap_series("mean_abs").get("", {})
     seconds = sorted(history.seconds.values())
+    worst = max((found.mismatch for found in judged(history)), default=math.nan)
+    least = " (at least)" if history.tokens_are_bounds else ""
     figures = [
-        (_compact(rows), f"rows replayed, {_percent(rows, routed)} of the main routers'"),
-        (_percent(history.total("rows_differing"), measured), "of router calls differ"),
+        (compact(rows), f"rows replayed, {percent(rows, routed)} of the main routers'"),
         (
-            _percent(tokens[1], tokens[0]) if tokens else "-",
-            "of tokens differ in a layer" + (" (at least)" if history.tokens_are_bounds else ""),
+            percent(history.total("rows_differing"), measured),
+            f"of router calls differ; {percent(worst)} in the worst session",
         ),
+        (percent(tokens[1], tokens[0]) if tokens else "-", f"of tokens differ in a layer{least}"),
         (f"{gap[max(gap)]:.3g}" if gap else "-", "mean |Δ log p| at the last step"),
         (
-            _percent(history.total("recompute_rows_differing"), recompute),
-            f"of live rows differ in {_compact(history.total('recompute_calls'))} recompute calls",
+            percent(history.total("recompute_rows_differing"), recompute),
+            f"of live rows differ in {compact(history.total('recompute_calls'))} recompute calls",
         ),
         (
             f"{1000 * seconds[len(seconds) // 2]:.3g} ms" if seconds else "-",
@@ -128,13 +167,38 @@ def _checks(found: Sequence[Check], there: Collection[str]) -> str:
     rows = []
     for check in found:
         kind, mark, word = _MARKS[check.good]
-        link = f'<a href="#{_slug(check.shown_in)}">{escape(check.shown_in)}</a>'
+        # The figures of several phases have their names in the title: the first is as good.
+        place = next((title for title in there if title.startswith(check.shown_in)), None)
+        link = f'<a href="#{_slug(place)}">{escape(check.shown_in)}</a>' if place else ""
         rows.append(
             f'<li class="{kind}"><span class="mark" role="img" aria-label="{word}">{mark}</span>'
-            f"<div><strong>{escape(check.question)}</strong> {escape(check.answer)} "
-            f"{link if check.shown_in in there else ''}</div></li>"
+            f"<div><strong>{escape(check.question)}</strong> {escape(check.answer)} {link}</div>"
+            "</li>"
         )
     return f'<ul class="checks">{"".join(rows)}</ul>'
+
+
+def _worst(history: History) -> str:
+    found = judged(history)
+    rows = [
+        (
+            str(one.session),
+            percent(one.mismatch),
+            percent(one.overlap),
+            compact(one.rows),
+        )
+        for one in found[:_MAX_WORST]
+    ]
+    if not rows:
+        return ""
+    bad = sum(bool(one.unrelated) for one in found)
+    text = (
+        f"{plural(bad, 'session')} of {len(found):,} replayed routes of something else."
+        if bad
+        else f"The {len(rows)} of {len(found):,} measured sessions that share least."
+    )
+    headings = ("session", "router calls that differ", "experts shared", "rows measured")
+    return f"<p>{text}</p>{_table(headings, rows, bad=min(bad, len(rows)))}"
 
 
 def _pictures(drawn: Sequence[Figure]) -> str:
@@ -153,63 +217,81 @@ def _pictures(drawn: Sequence[Figure]) -> str:
 def _mtp(history: History) -> str:
     if not history.mtp:
         return ""
-    rows = [
-        (name, *(_count(counts[c]) for c in ("forward_calls", "recompute_calls", "rows_live")))
-        for name, counts in sorted(history.mtp.items())
-    ]
+    shown = sorted(history.mtp.items(), key=lambda item: (not item[1]["rows_replayed"], item[0]))
+    names = ("forward_calls", "recompute_calls", "rows_live", "rows_replayed")
+    rows = [(name, *_counts(counts, names)) for name, counts in shown[:_MAX_ROWS]]
+    bad = sum(bool(counts["rows_replayed"]) for counts in history.mtp.values())
     text = (
-        "Routers of multi-token-prediction layers have no rollout routes. They took Megatron's own "
-        "top-k, in every call."
-        if not any(counts["rows_replayed"] for counts in history.mtp.values())
-        else "Rows were replayed by routers of multi-token-prediction layers, which have none."
+        "Rows were replayed by routers of multi-token-prediction layers, which have none."
+        if bad
+        else "Routers of multi-token-prediction layers have no rollout routes. They took "
+        "Megatron's own top-k, in every call."
     )
-    table = _table(("router", "forward calls", "recompute calls", "rows"), rows)
-    return f"<p>{text}</p>{table}"
+    headings = ("router", "forward calls", "recompute calls", "live rows", "replayed rows")
+    table = _table(headings, rows, bad=min(bad, len(rows)))
+    return f"<p>{text}</p>{table}{_more(len(shown))}"
+
+
+def _counts(counts: Counts, names: Iterable[str]) -> list[str]:
+    return [f"{int(counts[name]):,}" for name in names]
 
 
 def _errors(history: History) -> str:
-    if not history.errors:
-        return ""
     rows = [
-        (
-            "-" if record["step"] is None else str(record["step"]),
-            str(record["rank"]),
-            f"{record['error']['type']}: {record['error']['text']}",
-        )
-        for record in history.errors[:_MAX_ERRORS]
+        (str(session), f"{session.error.type}: {session.error.text}")
+        for session in history.errors[:_MAX_ROWS]
+        if session.error
     ]
-    more = len(history.errors) - len(rows)
-    rest = f"<p>And {more} more.</p>" if more else ""
-    table = _table(("step", "rank", "error"), rows)
-    return table + rest
+    if not rows:
+        return ""
+    return _table(("session", "error"), rows, bad=len(rows)) + _more(len(history.errors))
 
 
 def _notes(history: History) -> str:
     rows = []
-    for note, series in sorted(other_notes(history).items()):
+    for note, series in sorted(history.other_notes().items()):
         values = [series[step] for step in sorted(series)]
         shown = (values[0], values[-1], min(values), max(values))
         rows.append((note, *(f"{value:.4g}" for value in shown)))
-    return _table(("note", "first", "last", "least", "most"), rows) if rows else ""
+    headings = ("note", "first", "last", "least", "most")
+    return _table(headings, rows[:_MAX_ROWS]) + _more(len(rows)) if rows else ""
+
+
+def _unreadable(history: History) -> str:
+    rows = [(text, f"{lines:,}") for text, lines in history.unreadable.most_common()]
+    if not rows:
+        return ""
+    table = _table(("file and reason", "lines"), rows[:_MAX_ROWS], bad=len(rows))
+    return f"<p>What these lines say is in no number of this page.</p>{table}{_more(len(rows))}"
+
+
+def _more(count: int) -> str:
+    return f"<p>And {count - _MAX_ROWS:,} more.</p>" if count > _MAX_ROWS else ""
 
 
 def _provenance(history: History) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in history.versions.items())
     written = time.strftime("%Y-%m-%d %H:%M %Z")
-    files = ", ".join(Path(file).name for file in history.files)
-    return f"""<p>A row is one token in one forward call of one router. Two rows differ if their
-experts differ as sets; their overlap is the fraction of experts that are in both. Measured are
-replayed rows only, against what Megatron would have chosen on the same input. Steps that were done
-again after a restart count once, as the last process did them. Numbers of ranks are summed, notes
-averaged by their tokens, times those of the slowest rank.</p>
-<p>From {escape(files)}: {history.sessions:,} replay and {history.recordings:,} record sessions.
-{escape(versions)}. Written {escape(written)}.</p>"""
+    files = ", ".join(Path(file).name for file in history.files[:_MAX_ROWS])
+    return f"""<p>A row is one token in one forward call of one router. A router call differs where
+its set of experts is not the one that Megatron would have chosen on the same input; experts shared
+are the fraction that is in both. Only replayed rows are measured. Their input comes from layers
+that replay already, so the trainer alone would differ more often. Every session of every rank is
+judged by itself; the numbers and figures are summed over ranks, notes averaged by their tokens,
+times those of the longest session. Steps that were done again after a restart count once.</p>
+<p>From {escape(files)}: {plural(len(history.replays), "replay session")} and
+{plural(history.recordings, "record session")}. {escape(versions)}. Written
+{escape(written)}.</p>"""
 
 
-def _table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(headings: Iterable[str], rows: Sequence[Sequence[str]], *, bad: int = 0) -> str:
+    """The first ``bad`` rows are marked so."""
     head = "".join(f"<th scope=col>{escape(text)}</th>" for text in headings)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        f"<tr{' class=bad' if number < bad else ''}>"
+        + "".join(f"<td>{escape(_shortened(cell))}</td>" for cell in row)
+        + "</tr>"
+        for number, row in enumerate(rows)
     )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -217,28 +299,18 @@ def _table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _percent(part: float, whole: float) -> str:
-    """With a digit more where little is left to see."""
-    if not whole:
-        return "-"
-    return f"{part / whole:.2%}" if 0 < part / whole < 0.01 else f"{part / whole:.1%}"
-
-
-def _count(number: float) -> str:
-    return f"{int(number):,}"
-
-
-def _compact(number: float) -> str:
-    """Three digits and a power of a thousand."""
-    if number < 10_000:
-        return _count(number)
-    power = min(3, int(math.log10(number) // 3))
-    return f"{number / 1000**power:.3g}{' kMG'[power]}"
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} ..."
 
 
 _STYLE = """
 :root { --ink: #22262b; --soft: #5b636d; --line: #d9dce0; --paper: #fff; --accent: #0b6e99;
-  --good: #2e6b34; --bad: #a4262c; }
+  --good: #2e6b34; --bad: #a4262c; --fair: #edf4ee; --foul: #fbeeee; --on: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e6e9; --soft: #a3abb5; --line: #3a4047; --paper: #16191d; --accent: #6fb7d6;
+    --good: #7cc086; --bad: #f08a87; --fair: #1c2a1f; --foul: #331d1f; --on: #16191d; }
+  figure img { border-radius: 4px; filter: brightness(.88); }
+}
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; max-width: 1080px; padding: 2rem 1.25rem 4rem; background: var(--paper);
@@ -248,18 +320,24 @@ header { border-bottom: 2px solid var(--ink); padding-bottom: .75rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
 .subtitle { color: var(--soft); margin: .35rem 0 0; }
+.verdict { margin: 1.25rem 0 1.5rem; padding: .7rem .9rem; border-left: 5px solid var(--good);
+  background: var(--fair); overflow-wrap: anywhere; }
+.verdict strong { color: var(--good); }
+.verdict.bad { border-color: var(--bad); background: var(--foul); }
+.verdict.bad strong, tr.bad td:first-child { color: var(--bad); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 0;
   margin: 0; border-top: 1px solid var(--line); border-left: 1px solid var(--line); }
 .tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end;
   padding: .7rem .85rem; border-right: 1px solid var(--line);
   border-bottom: 1px solid var(--line); }
 .tiles dt { color: var(--soft); font-size: .85rem; line-height: 1.35; }
-.tiles dd { margin: 0; font-size: 1.55rem; font-variant-numeric: tabular-nums lining-nums; }
+.tiles dd { margin: 0; font-size: clamp(1.2rem, 5vw, 1.55rem); white-space: nowrap;
+  font-variant-numeric: tabular-nums lining-nums; }
 .checks { list-style: none; margin: 0; padding: 0; border-top: 1px solid var(--line); }
 .checks li { display: flex; gap: .75rem; padding: .5rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
 .mark { flex: none; width: 1.5rem; height: 1.5rem; line-height: 1.5rem; border-radius: 50%;
-  text-align: center; font: 700 .85rem/1.5rem system-ui, sans-serif; color: #fff;
+  text-align: center; font: 700 .85rem/1.5rem system-ui, sans-serif; color: var(--on);
   background: var(--soft); }
 .good .mark { background: var(--good); }
 .bad .mark { background: var(--bad); }
@@ -292,7 +370,7 @@ td { overflow-wrap: anywhere; }
   figure, .checks li, tr, .tiles div { break-inside: avoid; }
   h2 { break-after: avoid; }
   .checks a { text-decoration: none; }
-  .mark { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .mark, .verdict { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .scroll { overflow: visible; }
 }
 """

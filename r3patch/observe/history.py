@@ -1,86 +1,163 @@
-"""What the traces of a run say: records of ranks and sessions, put together by training step."""
+"""What a run did: its sessions put together by phase, layer and training step."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from r3patch._errors import R3PatchError
-from r3patch.labels.scope import MAIN, MTP
-from r3patch.metrics import suspicious_overlap
-from r3patch.observe import trace
+from r3patch.labels.scope import MTP
+from r3patch.observe import reader, trace
+from r3patch.observe.reader import Load, Session
+from r3patch.observe.stats import COUNTED, RouterStats
 
-Record = dict[str, Any]
 Counts = dict[str, float]
-
-_COUNTS = (
-    "forward_calls",
-    "recompute_calls",
-    "rows_replayed",
-    "rows_live",
-    "rows_spread",
-    "rows_measured",
-    "rows_differing",
-    "experts_shared",
-    "recompute_rows_measured",
-    "recompute_rows_differing",
-)
-#: Recompute may differ from its forward in near-ties, which are rare; a wrong match is not.
-_RECOMPUTE_BOUND = 0.01
 
 
 @dataclass(frozen=True)
-class Check:
-    """A question about the run and its answer: True is good, None is unknown."""
-
-    question: str
-    good: bool | None
-    answer: str
-    shown_in: str
-
-
-@dataclass
-class Load:
-    """Rows by expert of one layer, summed over sessions and ranks."""
-
-    real: list[int]
-    padding: list[int]
-    invalid: int = 0
-
-
-@dataclass
 class History:
-    """The replay sessions of a run by step; without steps, by their order on each rank."""
+    """The sessions of a run, or of one phase of it.
 
-    files: list[str] = field(default_factory=list)
-    sessions: int = 0
-    recordings: int = 0
-    broken_lines: int = 0
+    Figures are sums over ranks and sessions, for those who look at the whole; what is good or bad
+    is judged session by session, in `r3patch.observe.verdict`.
+    """
+
+    sessions: tuple[Session, ...]  # a step that a resumed run did again is here once
+    files: tuple[str, ...] = ()
+    unreadable: Counter[str] = field(default_factory=Counter)  # "file: why" -> lines
     truncated: bool = False
-    numbered: bool = True
-    ranks: set[int] = field(default_factory=set)
-    versions: dict[str, str] = field(default_factory=dict)
-    main: dict[int, dict[int, Counts]] = field(default_factory=dict)  # layer -> step -> counts
-    mtp: dict[str, Counts] = field(default_factory=dict)  # router -> counts
-    tokens: dict[int, tuple[int, int]] = field(default_factory=dict)  # step -> measured, differing
-    notes: dict[str, dict[int, float]] = field(default_factory=dict)  # name -> step -> number
-    seconds: dict[int, float] = field(default_factory=dict)  # step -> of the slowest rank
-    load: dict[int, Load] = field(default_factory=dict)  # layer -> rows by expert
-    errors: list[Record] = field(default_factory=list)
-    uncalled: dict[str, set[int]] = field(default_factory=dict)  # main router -> steps
-    tokens_are_bounds: bool = False
+    numbered: bool = True  # False: the runs gave no steps, so sessions have their order instead
+
+    @cached_property
+    def phases(self) -> dict[str, History]:
+        """By the name of the sessions, in the order of their first."""
+        names = dict.fromkeys(session.name for session in self.replays)
+        return {
+            name: replace(self, sessions=tuple(s for s in self.sessions if s.name == name))
+            for name in names
+        }
+
+    @cached_property
+    def replays(self) -> list[Session]:
+        return [session for session in self.sessions if session.kind == "replay"]
 
     @property
+    def recordings(self) -> int:
+        return len(self.sessions) - len(self.replays)
+
+    @property
+    def errors(self) -> list[Session]:
+        return [session for session in self.sessions if session.error]
+
+    @property
+    def ranks(self) -> set[int]:
+        return {session.rank for session in self.sessions}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self.sessions[-1].versions
+
+    @cached_property
     def steps(self) -> list[int]:
         return sorted({step for layer in self.main.values() for step in layer})
 
     @property
     def layers(self) -> list[int]:
         return sorted(self.main)
+
+    @cached_property
+    def main(self) -> dict[int, dict[int, Counts]]:
+        """Layer -> step -> the counts of its routers."""
+        main: dict[int, dict[int, Counts]] = {}
+        for session in self.replays:
+            for router in session.main:
+                steps = main.setdefault(router.layer_number or 0, {})
+                _add(steps.setdefault(session.step or 0, defaultdict(float)), router)
+        return main
+
+    @cached_property
+    def mtp(self) -> dict[str, Counts]:
+        """Router -> its counts."""
+        mtp: dict[str, Counts] = {}
+        for session in self.replays:
+            for router in session.routers:
+                if router.scope == MTP:
+                    _add(mtp.setdefault(router.name, defaultdict(float)), router)
+        return mtp
+
+    @cached_property
+    def worst(self) -> dict[tuple[int, int], float]:
+        """(layer, step) -> the mismatch of the session and rank with the largest one there."""
+        worst: dict[tuple[int, int], float] = {}
+        for session in self.replays:
+            for router in session.main:
+                if router.mismatch is not None:
+                    place = (router.layer_number or 0, session.step or 0)
+                    worst[place] = max(router.mismatch, worst.get(place, 0.0))
+        return worst
+
+    @cached_property
+    def notes(self) -> dict[str, dict[int, float]]:
+        """Name -> step -> number, over ranks and sessions.
+
+        Measures of the policy gap are averaged by their tokens; others count alike.
+        """
+        noted: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+        for session in self.replays:
+            for note, value in session.notes.items():
+                measure = _measure(note)
+                tokens = note.removesuffix(measure) + "tokens" if measure else ""
+                weight = session.notes.get(tokens, 1.0)
+                noted[note, session.step or 0].append((value, weight))
+        notes: dict[str, dict[int, float]] = {}
+        for (note, step), values in noted.items():
+            notes.setdefault(note, {})[step] = _put_together(_measure(note), values)
+        return notes
+
+    @cached_property
+    def seconds(self) -> dict[int, float]:
+        """Step -> host time of its longest session."""
+        seconds: dict[int, float] = {}
+        for session in self.replays:
+            step = session.step or 0
+            seconds[step] = max(session.seconds, seconds.get(step, 0.0))
+        return seconds
+
+    @cached_property
+    def loads(self) -> dict[int, dict[int, Load]]:
+        """Number of experts -> layer -> rows by expert."""
+        loads: dict[int, dict[int, Load]] = {}
+        for session in self.sessions:
+            for layer, load in session.load.items():
+                known = loads.setdefault(len(load.real), {})
+                known[layer] = known[layer] + load if layer in known else load
+        return loads
+
+    @cached_property
+    def tokens(self) -> dict[int, tuple[int, int]]:
+        """Step -> tokens that were measured, and those that differ in a layer."""
+        return {step: (measured, differ) for step, (measured, differ, _) in self._tokens.items()}
+
+    @property
+    def tokens_are_bounds(self) -> bool:
+        """Whether some of ``tokens`` are those of one pipeline stage only."""
+        return not all(exact for _, _, exact in self._tokens.values())
+
+    @cached_property
+    def _tokens(self) -> dict[int, tuple[int, int, bool]]:
+        by_stage: dict[tuple[int, str], dict[tuple[int, ...], list[Session]]] = {}
+        for session in sorted(self.replays, key=lambda s: s.rank):
+            if session.tokens_measured:
+                stages = by_stage.setdefault((session.step or 0, session.name), {})
+                stages.setdefault(session.layers, []).append(session)
+        tokens: dict[int, tuple[int, int, bool]] = {}
+        for (step, _), stages in sorted(by_stage.items()):
+            known = tokens.get(step, (0, 0, True))
+            found = _tokens_of(list(stages.values()))
+            tokens[step] = (known[0] + found[0], known[1] + found[1], known[2] and found[2])
+        return tokens
 
     def total(self, name: str) -> float:
         """A count over all main routers and steps."""
@@ -107,130 +184,95 @@ class History:
     def overlap(self, layer: int, step: int) -> float:
         return self.fraction("experts_shared", "experts_measured", layer, step)
 
+    def gap_series(self, measure: str) -> dict[str, dict[int, float]]:
+        """The notes of a measure by their prefix: ``mean_abs`` is "", ``live_mean_abs`` "live"."""
+        names = (n for n in self.notes if n == measure or n.endswith(f"_{measure}"))
+        return {n.removesuffix(measure).rstrip("_"): self.notes[n] for n in names}
+
+    def other_notes(self) -> dict[str, dict[int, float]]:
+        """The notes that are no measure of the policy gap."""
+        return {note: series for note, series in self.notes.items() if not _measure(note)}
+
 
 def load(paths: Iterable[str]) -> History:
     """Read traces; ``run.jsonl`` stands for ``run.rank*.jsonl`` where it is no file itself.
 
     Raises:
-        R3PatchError: a file is no trace, or no file is there.
+        R3PatchError: a path is not there, or no file of them holds a session.
     """
-    history = History()
-    records: list[Record] = []
-    for path in paths:
-        for file in _files(path):
-            found, broken = trace.read(file)
-            history.files.append(str(file))
-            history.broken_lines += broken
-            records += found
-    _gather(history, records)
-    return history
+    found = reader.read(paths)
+    numbered = all(s.step is not None for s in found.sessions if s.kind == "replay")
+    sessions = found.sessions if numbered else _number(found.sessions)
+    return History(
+        tuple(_latest(sessions)), tuple(found.files), found.unreadable, found.truncated, numbered
+    )
 
 
-def _files(path: str) -> list[Path]:
-    whole = Path(path)
-    if whole.exists():
-        return [whole]
-    ranks = [
-        file
-        for file in whole.parent.glob("*.rank*")
-        if file.suffix == whole.suffix and file.stem.rpartition(".rank")[0] == whole.stem
-    ]
-    if not ranks:
-        raise R3PatchError(
-            f"there is neither {path} nor {trace.rank_path(path, 0)}: a rank writes its trace "
-            "when its first session ends."
-        )
-    return sorted(ranks, key=lambda file: int(file.stem.rpartition(".rank")[2]))
-
-
-def _gather(history: History, records: Sequence[Record]) -> None:
-    history.truncated = any(record["kind"] == "truncated" for record in records)
-    sessions = [record for record in records if record["kind"] in ("replay", "record")]
-    if not sessions:
-        raise R3PatchError("these traces hold no session.")
-    history.ranks = {record["rank"] for record in sessions}
-    history.versions = sessions[-1].get("versions", {})
-    history.recordings = sum(record["kind"] == "record" for record in sessions)
-    history.errors = [record for record in sessions if record["error"]]
-    replays = [record for record in sessions if record["kind"] == "replay"]
-    history.numbered = all(record["step"] is not None for record in replays)
-    if not history.numbered:
-        replays = _number(replays)
-    replays = _latest(replays)
-    history.sessions = len(replays)
-    for record in replays:
-        _add_routers(history, record)
-    for record in [*replays, *(r for r in sessions if r["kind"] == "record")]:
-        _add_load(history, record["expert_load"])
-    _add_tokens(history, replays)
-    _add_notes(history, replays)
-    for record in replays:
-        spent = sum(_number_of(value) for value in record["seconds"].values())
-        history.seconds[record["step"]] = max(spent, history.seconds.get(record["step"], 0.0))
-
-
-def _number(records: list[Record]) -> list[Record]:
-    """Sessions without a step get their place in the order of their rank."""
-    seen: dict[int, int] = defaultdict(int)
+def _number(sessions: Iterable[Session]) -> list[Session]:
+    """Sessions without a step get their place in the order of their rank and phase."""
+    seen: Counter[tuple[str, int, str]] = Counter()
     numbered = []
-    for record in records:
-        numbered.append({**record, "step": seen[record["rank"]]})
-        seen[record["rank"]] += 1
+    for session in sessions:
+        key = (session.kind, session.rank, session.name)
+        numbered.append(replace(session, step=seen[key]))
+        seen[key] += 1
     return numbered
 
 
-def _latest(records: list[Record]) -> list[Record]:
-    """Steps that a resumed run did again count once: as the latest process did them."""
-    latest: dict[tuple[int, int], Any] = {}
-    for record in sorted(records, key=lambda r: float(r["time"])):
-        latest[record["rank"], record["step"]] = record["process"]
-    return [r for r in records if latest[r["rank"], r["step"]] == r["process"]]
+def _latest(sessions: Sequence[Session]) -> list[Session]:
+    """Steps that a resumed run did again count once: as the process that began last did them.
 
-
-def _add_routers(history: History, record: Record) -> None:
-    called = any(r["forward_calls"] for r in record["routers"] if r["scope"] == MAIN)
-    for router in record["routers"]:
-        if router["scope"] == MTP:
-            counts = history.mtp.setdefault(router["name"], defaultdict(float))
-        else:
-            steps = history.main.setdefault(router["layer_number"], {})
-            counts = steps.setdefault(record["step"], defaultdict(float))
-            # A refused session called none; that is not this router's fault.
-            if not router["forward_calls"] and (called or not record["error"]):
-                history.uncalled.setdefault(router["name"], set()).add(record["step"])
-        for name in _COUNTS:
-            counts[name] += router.get(name, 0)
-        counts["experts_measured"] += router.get("rows_measured", 0) * router.get("topk", 0)
-        counts["topk"] = router.get("topk", 0)
-
-
-def _add_load(history: History, found: Record | None) -> None:
-    if found is None:
-        return
-    rows = zip(found["layers"], found["real"], found["padding"], found["invalid"], strict=True)
-    for layer, real, padding, invalid in rows:
-        known = history.load.setdefault(layer, Load([0] * len(real), [0] * len(real)))
-        known.real = [a + b for a, b in zip(known.real, real, strict=True)]
-        known.padding = [a + b for a, b in zip(known.padding, padding, strict=True)]
-        known.invalid += invalid
-
-
-def _add_tokens(history: History, records: list[Record]) -> None:
-    """Ranks of the same layers add up; those of other layers saw the same tokens.
-
-    Whether two stages mean the same token is not in the trace, so the largest is a lower bound.
+    Processes that ran side by side under one rank (none had asked torch.distributed) all count.
     """
-    by_stage: dict[int, dict[tuple[int, ...], list[int]]] = defaultdict(dict)
-    for record in records:
-        stage = tuple(sorted(r["layer_number"] for r in record["routers"] if r["scope"] == MAIN))
-        sums = by_stage[record["step"]].setdefault(stage, [0, 0])
-        sums[0] += record["tokens_measured"]
-        sums[1] += record["tokens_differing"]
-    for step, stages in by_stage.items():
-        measured = [(n, d) for n, d in stages.values() if n]
-        if measured:
-            history.tokens[step] = max(measured, key=lambda pair: pair[1] / pair[0])
-            history.tokens_are_bounds |= len(measured) > 1
+
+    def key(s: Session) -> tuple[object, ...]:
+        return (s.kind, s.rank, s.name, s.step)
+
+    ordered = sorted(sessions, key=lambda s: s.time)  # stable: lines of a file keep their order
+    ends = {s.process: place for place, s in enumerate(ordered)}
+    begins = {s.process: len(ordered) - place for place, s in enumerate(reversed(ordered), 1)}
+    last: dict[tuple[object, ...], int] = {}
+    for s in ordered:
+        last[key(s)] = max(begins[s.process], last.get(key(s), 0))
+    return [s for s in sessions if s.step is None or ends[s.process] >= last[key(s)]]
+
+
+def _add(counts: Counts, router: RouterStats) -> None:
+    for name in COUNTED:
+        counts[name] += getattr(router, name)
+    counts["experts_measured"] += router.rows_measured * router.topk
+
+
+def _tokens_of(stages: list[list[Session]]) -> tuple[int, int, bool]:
+    """Measured and differing tokens of one step, and whether they are exact.
+
+    Each of ``stages`` has the sessions of ranks with the same layers, in the order of ranks. Those
+    add up. Sessions of other layers saw the same tokens, and a token differs where it differs in
+    any layer. In every order of ranks that Megatron knows, the i-th rank of one pipeline stage
+    belongs to the i-th of the next. Where the traces do not fit together so, the stage that
+    differs most is a lower bound.
+    """
+    sums = [(sum(s.tokens_measured for s in g), sum(s.tokens_differing for s in g)) for g in stages]
+    if len(stages) == 1:
+        return (*sums[0], True)
+    if len({len(stage) for stage in stages}) == 1:
+        merged = [_merged(sessions) for sessions in zip(*stages, strict=True)]
+        exact = [codes for codes in merged if codes is not None]
+        if len(exact) == len(merged):
+            differing = sum(codes.count(2) + codes.count(3) for codes in exact)
+            return sum(len(codes) - codes.count(0) for codes in exact), differing, True
+    return (*max(sums, key=lambda pair: pair[1] / pair[0]), False)
+
+
+def _merged(sessions: Sequence[Session]) -> bytes | None:
+    """The codes of ``ReplayStats.tokens`` combined by "or"; None if they are of other tokens."""
+    codes = [trace.unpack_tokens(s.tokens) for s in sessions if s.tokens is not None]
+    if len(codes) < len(sessions) or len({len(part) for part in codes}) != 1:
+        return None
+    merged = 0
+    for part in codes:
+        merged |= int.from_bytes(part, "little")
+    return merged.to_bytes(len(codes[0]), "little")
 
 
 #: The measures of metrics.PolicyGap, by which notes are recognised.
@@ -242,19 +284,6 @@ def _measure(note: str) -> str | None:
     return next((m for m in _GAP if note == m or note.endswith(f"_{m}")), None)
 
 
-def _add_notes(history: History, records: list[Record]) -> None:
-    """Over ranks and sessions of a step: means weighted by tokens, sums of tokens, largest max."""
-    noted: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for record in records:
-        for note, value in record["notes"].items():
-            measure = _measure(note)
-            tokens = note.removesuffix(measure) + "tokens" if measure else ""
-            weight = _number_of(record["notes"].get(tokens, 1.0))
-            noted[note, record["step"]].append((_number_of(value), weight))
-    for (note, step), values in noted.items():
-        history.notes.setdefault(note, {})[step] = _put_together(_measure(note), values)
-
-
 def _put_together(measure: str | None, values: list[tuple[float, float]]) -> float:
     if measure == "tokens":
         return sum(value for value, _ in values)
@@ -263,149 +292,3 @@ def _put_together(measure: str | None, values: list[tuple[float, float]]) -> flo
         return max((value for value, _ in kept), default=math.nan)
     total = sum(weight for _, weight in kept)
     return sum(value * weight for value, weight in kept) / total if total else math.nan
-
-
-def gap_series(history: History, measure: str) -> dict[str, dict[int, float]]:
-    """The notes of a measure by their prefix: ``mean_abs`` is "", ``live_mean_abs`` "live"."""
-    names = (n for n in history.notes if n == measure or n.endswith(f"_{measure}"))
-    return {n.removesuffix(measure).rstrip("_"): history.notes[n] for n in names}
-
-
-def other_notes(history: History) -> dict[str, dict[int, float]]:
-    """The notes that are no measure of the policy gap."""
-    return {note: series for note, series in history.notes.items() if not _measure(note)}
-
-
-def _number_of(value: Any) -> float:
-    return float(value)  # of "nan", "inf" and "-inf" too, which JSON has as text
-
-
-def checks(history: History) -> list[Check]:
-    """The questions that a reader of the page has, answered from the numbers."""
-    return [
-        _check_reached(history),
-        _check_related(history),
-        _check_mtp(history),
-        _check_recompute(history),
-        _check_errors(history),
-        _check_complete(history),
-    ]
-
-
-def _check_reached(history: History) -> Check:
-    question, where = "Did every main router replay?", "Rows by source"
-    if history.uncalled:
-        names = _some([f"{name} ({_steps(s)})" for name, s in history.uncalled.items()])
-        text = f"Megatron's top-k was never called by {names}: an orphaned or bypassed router."
-        return Check(question, False, text, where)
-    refused = {record["step"] for record in history.errors}
-    without = [
-        (layer, step)
-        for layer, steps in history.main.items()
-        for step, counts in steps.items()
-        if not counts["rows_replayed"] and step not in refused
-    ]
-    if without:
-        layers, steps = ({pair[place] for pair in without} for place in (0, 1))
-        text = f"No row of layers {spans(layers)} had routes at {_steps(steps)}."
-        return Check(question, False, text, where)
-    if not history.main:
-        return Check(question, False, "The traces hold no main router.", where)
-    rows = int(history.total("rows_replayed"))
-    text = f"{len(history.main)} layers, {rows:,} rows in {history.sessions:,} sessions."
-    return Check(question, True, text, where)
-
-
-def _check_related(history: History) -> Check:
-    """Shifted by a layer, or stale: both look like routes of something else."""
-    question = "Are the routes those of these tokens, layers and weights?"
-    where = "Mismatch by layer and step"
-    if not history.total("rows_measured"):
-        return Check(question, None, "Not measured: open sessions with measure=True.", where)
-    odd: dict[int, list[int]] = defaultdict(list)
-    measured = set()
-    for layer in history.layers:
-        for step, counts in history.main[layer].items():
-            if not counts["rows_measured"]:
-                continue
-            measured.add(step)
-            if history.overlap(layer, step) < _bound(history, layer, int(counts["topk"])):
-                odd[step].append(layer)
-    if not odd:
-        overlap = history.total("experts_shared") / history.total("experts_measured")
-        return Check(question, True, f"They share {overlap:.1%} of the live experts.", where)
-    layers = {layer for found in odd.values() for layer in found}
-    cause = (
-        "At every measured step: columns shifted by a layer, misplaced tokens, or other weights."
-        if set(odd) == measured
-        else "At some steps only: stale rows, of other tokens or of an earlier rollout."
-    )
-    steps = _steps(odd)
-    return Check(question, False, f"Hardly, in layers {spans(layers)}, {steps}. {cause}", where)
-
-
-def _bound(history: History, layer: int, topk: int) -> float:
-    known = history.load.get(layer)
-    return suspicious_overlap(topk, len(known.real)) if known else 0.5
-
-
-def _check_mtp(history: History) -> Check:
-    question, where = "Were MTP routers left alone?", "MTP routers"
-    if not history.mtp:
-        return Check(question, None, "The model has none.", where)
-    touched = [name for name, counts in history.mtp.items() if counts["rows_replayed"]]
-    if touched:
-        return Check(question, False, f"Rows were replayed by {_some(touched)}.", where)
-    calls = int(sum(counts["forward_calls"] for counts in history.mtp.values()))
-    return Check(question, True, f"{calls:,} calls took Megatron's own top-k.", where)
-
-
-def _check_recompute(history: History) -> Check:
-    question, where = "Did recompute route as its forward did?", "Key figures"
-    rows = history.total("recompute_rows_measured")
-    if not rows:
-        calls = int(history.total("recompute_calls"))
-        text = f"{calls:,} recompute calls, not measured." if calls else "There was no recompute."
-        return Check(question, None, text, where)
-    part = history.total("recompute_rows_differing") / rows
-    text = f"{part:.2%} of {int(rows):,} live rows differ from their forward's."
-    return Check(question, part <= _RECOMPUTE_BOUND, text, where)
-
-
-def _check_errors(history: History) -> Check:
-    question, where = "Did every session end without an error?", "Refusals and errors"
-    if history.errors:
-        return Check(question, False, f"{len(history.errors)} did not.", where)
-    return Check(question, True, "Yes.", where)
-
-
-def _check_complete(history: History) -> Check:
-    question, where = "Is the trace whole?", "Provenance"
-    faults = []
-    if history.broken_lines:
-        faults.append(f"{history.broken_lines} unreadable lines")
-    if history.truncated:
-        faults.append("a file reached its size limit")
-    if history.ranks != set(range(len(history.ranks))):
-        faults.append(f"only ranks {spans(history.ranks)} are here")
-    text = "; ".join(faults) or f"{len(history.files)} files, no unreadable line."
-    return Check(question, not faults, text[:1].upper() + text[1:], where)
-
-
-def _steps(steps: Collection[int]) -> str:
-    return f"step{'s' if len(steps) > 1 else ''} {spans(steps)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Ascending numbers with runs put together: 2, 4-61."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)

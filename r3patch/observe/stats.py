@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from r3patch._errors import ReplayError
-from r3patch.labels.scope import MAIN
+from r3patch.labels.scope import MAIN, MTP
+
+#: The fields of `RouterStats` that are counts: those of several ranks or sessions add up.
+COUNTED = (
+    "forward_calls",
+    "recompute_calls",
+    "rows_replayed",
+    "rows_live",
+    "rows_spread",
+    "rows_measured",
+    "rows_differing",
+    "experts_shared",
+    "recompute_rows_measured",
+    "recompute_rows_differing",
+)
 
 
 @dataclass(frozen=True)
@@ -52,21 +67,7 @@ class RouterStats:
         return {**asdict(self), "mismatch": self.mismatch, "overlap": self.overlap}
 
     def __add__(self, other: RouterStats) -> RouterStats:
-        return replace(self, **{f: getattr(self, f) + getattr(other, f) for f in _SUMMED})
-
-
-_SUMMED = (
-    "forward_calls",
-    "recompute_calls",
-    "rows_replayed",
-    "rows_live",
-    "rows_spread",
-    "rows_measured",
-    "rows_differing",
-    "experts_shared",
-    "recompute_rows_measured",
-    "recompute_rows_differing",
-)
+        return replace(self, **{f: getattr(self, f) + getattr(other, f) for f in COUNTED})
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,32 @@ class ReplayStats:
             "token_mismatch": self.token_mismatch,
             "seconds": self.seconds,
         }
+
+    def metrics(self) -> dict[str, float]:
+        """The session as flat numbers for a logger: the same names every time, nan of nothing.
+
+        docs/observe.md says what each is. Rates are of the main routers of this object: merge the
+        stats of all ranks first, or log each rank under a name of its own.
+        """
+        main, mtp = self.total(MAIN), self.total(MTP)
+        layers = [r.mismatch for r in self.routers if r.scope == MAIN and r.mismatch is not None]
+        again, otherwise = main.recompute_rows_measured, main.recompute_rows_differing
+        found = {
+            "rows_replayed": main.rows_replayed,
+            "rows_live": main.rows_live,
+            "rows_spread": main.rows_spread,
+            "forward_calls": main.forward_calls,
+            "recompute_calls": main.recompute_calls,
+            "mismatch": main.mismatch,
+            "worst_layer_mismatch": max(layers, default=None),
+            "overlap": main.overlap,
+            "token_mismatch": self.token_mismatch,
+            "recompute_mismatch": otherwise / again if again else None,
+            "mtp_rows_replayed": mtp.rows_replayed,
+            "mtp_rows_live": mtp.rows_live,
+            "seconds": self.seconds,
+        }
+        return {f"r3/{k}": math.nan if v is None else float(v) for k, v in found.items()}
 
     def merge(self, *others: ReplayStats) -> ReplayStats:
         """This and other ranks' stats as one.

@@ -2,11 +2,13 @@
 
 docs/observe.md describes the format. Each rank writes a file of its own (``run.jsonl`` becomes
 ``run.rank0.jsonl``), each line by a single append: what a crash leaves behind is whole lines. The
-trace is an instrument, so it never stops a run: what cannot be written is logged once.
+trace is an instrument: it never stops a run, and never puts an error of its own over the user's.
+What cannot be written is logged once, counted, and named in the trace where that is possible.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import logging
@@ -15,9 +17,10 @@ import os
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from r3patch import _config
 from r3patch._errors import R3PatchError
@@ -36,9 +39,15 @@ MAX_FILE_BYTES = 1 << 30
 #: A line that would be longer loses its largest parts, which it then names in ``dropped``.
 MAX_LINE_BYTES = 4 << 20
 MAX_ERROR_CHARACTERS = 4000
+#: Characters of ``tokens``, and tokens that they may stand for: 512 microbatches of 128k tokens.
+MAX_TOKENS = 1 << 20
+_MAX_UNPACKED = 1 << 26
+
+_MAX_DEPTH = 8  # of the values in a record; ours have four
 
 _process = uuid.uuid4().hex[:12]
-_silenced = False
+_full = False
+_lost = 0  # records since the last one that was written
 
 
 def enabled() -> bool:
@@ -49,9 +58,10 @@ def enabled() -> bool:
 def session(
     kind: str,
     *,
-    step: int | None = None,
+    step: Any = None,
+    name: Any = None,
     stats: ReplayStats | None = None,
-    notes: Mapping[str, float] | None = None,
+    notes: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
     expert_load: ExpertLoad | None = None,
     error: BaseException | None = None,
@@ -60,7 +70,8 @@ def session(
 
     Args:
         kind: ``"replay"`` or ``"record"``.
-        step: the training step.
+        step: the training step, an integer of any library.
+        name: the phase of the step, such as ``"train"`` or ``"logprobs"``.
         stats: what the session did; reading it waits for the device if it was measured.
         notes: numbers of the user.
         seconds: further host times next to that of ``stats``, which is ``"copy"``.
@@ -71,39 +82,47 @@ def session(
     return {
         "kind": kind,
         "step": step,
+        "name": name,
         "routers": [router.as_dict() for router in stats.routers] if stats is not None else [],
         "tokens_measured": len(tokens) - tokens.count(0),
         "tokens_differing": tokens.count(2),
+        "tokens": pack_tokens(tokens),
         "seconds": {"copy": stats.seconds if stats is not None else 0.0, **(seconds or {})},
-        "notes": dict(notes or {}),
+        "notes": {} if notes is None else notes,
         "expert_load": None if expert_load is None else _load(expert_load),
-        "error": None
-        if error is None
-        else {"type": type(error).__name__, "text": str(error)[:MAX_ERROR_CHARACTERS]},
+        "error": None if error is None else {"type": type(error).__name__, "text": _text(error)},
     }
 
 
 def write(record: Mapping[str, Any]) -> None:
-    """Append a record of `session` to this rank's file, if there is one. Never raises OSError."""
-    global _silenced
+    """Append a record of `session` to this rank's file, if there is one. Raises nothing.
+
+    A value that is no number, text or collection of them is left out and named in the record's
+    ``dropped``; a record that cannot be written is lost, and counted in the next one's ``lost``.
+    """
+    global _full, _lost
     path = _config.CONFIG.trace
-    if path is None or _silenced:
+    if path is None or _full:
         return
-    rank = _rank()
-    head = {
-        "schema": SCHEMA,
-        "time": round(time.time(), 3),
-        "process": _process,
-        "rank": rank,
-        "versions": _versions(),
-    }
     try:
-        if not _append(rank_path(path, rank), _line({**head, **record}), head):
-            _silenced = True
+        rank = _rank()
+        head = {
+            "schema": SCHEMA,
+            "time": round(time.time(), 3),
+            "process": _process,
+            "rank": rank,
+            "versions": _versions(),
+        }
+        lost = {"lost": _lost} if _lost else {}
+        if not _append(rank_path(path, rank), _line({**head, **record, **lost}), head):
+            _full = True
             logger.warning("trace: %s has reached %d bytes; it ends here", path, MAX_FILE_BYTES)
-    except OSError as error:
-        _silenced = True
-        logger.warning("trace: cannot write %s, no further attempts: %s", path, error)
+        _lost = 0
+    except Exception as error:  # whatever a record, a file system or torch.distributed raises
+        _lost += 1
+        if _lost == 1:
+            why = f"{type(error).__name__}: {_text(error)}"
+            logger.warning("trace: cannot write %s, records are lost until it can: %s", path, why)
 
 
 def rank_path(path: str | os.PathLike[str], rank: int) -> Path:
@@ -113,45 +132,84 @@ def rank_path(path: str | os.PathLike[str], rank: int) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
-    """The records of one rank's file, and how many lines were unreadable (cut by a crash).
+    """The records of one rank's file, and how many lines are none (cut by a crash, or foreign).
 
     Raises:
-        R3PatchError: the file holds no trace, or one of another schema.
+        R3PatchError: the file holds no trace record, or none of this schema.
     """
-    records, broken = [], 0
-    for line in filter(None, Path(path).read_bytes().split(b"\n")):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            broken += 1
-            continue
-        schema = record.get("schema") if isinstance(record, dict) else None
-        if schema != SCHEMA:
-            raise R3PatchError(
-                f"{os.fspath(path)} has a line of schema {schema!r}, this r3patch reads {SCHEMA}: "
-                "is it a file that R3PATCH_TRACE wrote, and by this version?"
-            )
-        records.append(record)
-    if not records:
-        raise R3PatchError(f"{os.fspath(path)} holds no trace record ({broken} unreadable lines).")
-    return records, broken
+    records: list[dict[str, Any]] = []
+    broken, schema = 0, cast(Any, SCHEMA)  # of the last line that is JSON, and not a record
+    with open(path, "rb") as file:
+        while line := file.readline(2 * MAX_LINE_BYTES):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                broken += 1
+                continue
+            found = record.get("schema") if isinstance(record, dict) else None
+            if type(found) is int and found == SCHEMA:
+                records.append(record)
+            else:
+                broken, schema = broken + 1, found
+    if records:
+        return records, broken
+    if schema != SCHEMA:
+        raise R3PatchError(
+            f"{os.fspath(path)} has a line of schema {schema!r:.40}, this r3patch reads {SCHEMA}: "
+            "is it a file that R3PATCH_TRACE wrote, and by this version?"
+        )
+    raise R3PatchError(f"{os.fspath(path)} holds no trace record ({broken} unreadable lines).")
+
+
+def pack_tokens(codes: bytes) -> str | None:
+    """``ReplayStats.tokens`` as text: base64 of zlib of one byte for each token; None of none."""
+    return base64.b64encode(zlib.compress(codes, 1)).decode() if codes else None
+
+
+def unpack_tokens(text: str) -> bytes:
+    """The inverse of `pack_tokens`.
+
+    Raises:
+        ValueError: it is none of ours, or more than a session can hold.
+    """
+    try:
+        stream = zlib.decompressobj()
+        codes = stream.decompress(base64.b64decode(text, validate=True), _MAX_UNPACKED)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"tokens: {error}") from error
+    if not stream.eof or codes.translate(None, b"\0\1\2"):
+        raise ValueError("tokens are cut short, too many, or other than 0, 1 and 2")
+    return codes
 
 
 def _line(record: dict[str, Any]) -> bytes:
+    """The record as JSON, without what JSON does not know and what is too long, by name."""
     dropped: list[str] = []
+    record = _plain(record, dropped)
+    if len(record.get("tokens") or "") > MAX_TOKENS:
+        record["tokens"] = None
+        dropped.append("tokens")
+    record["step"] = _whole(record.get("step"), dropped)
+    if dropped:
+        _warn_dropped(", ".join(dropped))
     for part, empty in (("expert_load", None), ("routers", []), ("notes", {}), (None, None)):
-        line = json.dumps(_plain(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        if len(line) <= MAX_LINE_BYTES or part is None:
-            break
-        dropped.append(part)
-        record = {**record, part: empty, "dropped": dropped}
-    return line
+        record |= {"dropped": dropped} if dropped else {}
+        line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        if len(line) <= MAX_LINE_BYTES:
+            return line
+        if part is not None:
+            dropped.append(part)
+            record[part] = empty
+    raise ValueError(f"a record of {len(line)} bytes; the bound is {MAX_LINE_BYTES}")
 
 
 def _append(path: Path, line: bytes, head: dict[str, Any]) -> bool:
     """Write a whole line; False, with a line that says so, where the file is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    # Not blocking, should somebody have put a pipe there that nobody reads.
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o644)
     try:
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
@@ -169,15 +227,50 @@ def _append(path: Path, line: bytes, head: dict[str, Any]) -> bool:
         os.close(file)
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no nan and no infinity: they become the strings "nan", "inf" and "-inf"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+def _plain(value: Any, dropped: list[str], *where: str) -> Any:
+    """Numbers, text, lists and dicts of any library as JSON has them; null, and named, if not.
+
+    JSON has no nan and no infinity: they become the strings "nan", "inf" and "-inf".
+    """
+    try:
+        if len(where) > _MAX_DEPTH:
+            raise ValueError("too deep")
+        if value is None or isinstance(value, (str, bool)):
+            return value
+        if isinstance(value, Mapping):
+            return {str(k): _plain(v, dropped, *where, str(k)) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [_plain(item, dropped, *where, "[]") for item in value]
+        if not isinstance(value, (int, float)):
+            # Scalars of numpy and torch have item(); Decimal, Fraction and their like do not.
+            value = value.item() if hasattr(value, "item") else float(value)
+        if isinstance(value, int):
+            return int(value.__index__()) if value.bit_length() < 54 else float(value)
+        value = float(value)
+        return value if math.isfinite(value) else str(value)
+    except Exception:
+        if (name := ".".join(where)) not in dropped:
+            dropped.append(name)
+        return None
+
+
+def _whole(step: Any, dropped: list[str]) -> int | None:
+    if step is None or (isinstance(step, (int, float)) and step == int(step)):
+        return None if step is None else int(step)
+    dropped.append("step")
+    return None
+
+
+@functools.cache
+def _warn_dropped(names: str) -> None:
+    logger.warning("trace: records lack %s: neither a number nor text", names)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:MAX_ERROR_CHARACTERS]
+    except Exception as failure:
+        return f"its text raises {type(failure).__name__}"
 
 
 def _load(load: ExpertLoad) -> dict[str, Any]:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from r3patch import bridges
-from r3patch._errors import UnsupportedMegatronError, UnsupportedRoutingError
-from r3patch.bridges._common import ManagerTap
-from r3patch.labels.model import RouterInfo, routers
+from r3patch._errors import ReplayError, UnsupportedMegatronError, UnsupportedRoutingError
+from r3patch.bridges._attach import ManagerTap
+from r3patch.labels.model import Found, MainRouter, RouterInfo
 from r3patch.labels.scope import MAIN
+from r3patch.sessions._recompute import require_checkpoint_frames
 from r3patch.sessions._tap import Tap
-
-__all__ = ["Problem", "problems", "require_extension_point", "topk_sorts", "unfused"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ def require_extension_point() -> None:
         for owner, name in (
             (torch._C, "_current_graph_task_id"),
             (torch._C, "_current_autograd_node"),
-            (torch._C._autograd, "_get_sequence_nr"),
             (torch._C._autograd, "_top_saved_tensors_default_hooks"),
         )
         if not hasattr(owner, name)
@@ -68,78 +67,182 @@ def require_extension_point() -> None:
             f"torch {torch.__version__} lacks {', '.join(missing)}, by which a recompute finds its "
             "forward call. torch 2.6 and newer are tested."
         )
+    require_checkpoint_frames()
 
 
-def problems(model: Any) -> list[Problem]:
+def problems(routers: Sequence[RouterInfo]) -> list[Problem]:
     """The settings of a model under which replay is refused or weakened, router by router."""
-    found: list[Problem] = []
-    for info in routers(model):
-        if info.scope == MAIN:
-            found += _router_problems(info)
-    return found
+    main = [info for info in routers if info.scope == MAIN]
+    found = [problem for info in main for problem in _router_problems(info)]
+    return found + list(_unequal_topk(main))
+
+
+def _unequal_topk(main: Sequence[RouterInfo]) -> Iterator[Problem]:
+    for info in main:
+        topk, others = (int(i.module.config.moe_router_topk) for i in (info, main[0]))
+        if topk != others:
+            yield Problem(
+                info.name,
+                f"moe_router_topk={topk}",
+                f"{main[0].name} has {others}, and routes hold as many experts of each layer. "
+                "Layers with different topk cannot be replayed.",
+                "error",
+            )
+            return
 
 
 def _router_problems(info: RouterInfo) -> Iterator[Problem]:
-    config = info.module.config
-    current = getattr(info.module, "router_replay", None)
-
-    def error(setting: str, text: str) -> Problem:
-        return Problem(info.name, setting, text, "error")
-
     if not any(cls.__qualname__ == "TopKRouter" for cls in type(info.module).__mro__):
-        yield error(
+        yield Problem(
+            info.name,
             f"class {type(info.module).__qualname__}",
             "a Router that is no TopKRouter does not call Megatron's top-k, so replay cannot reach "
             "it. Derive it from TopKRouter.",
+            "error",
         )
         return
-    routing = getattr(info.module, "routing_type", None)
+    for setting, text in _unreachable(info.module):
+        yield Problem(info.name, setting, text, "error")
+    for setting, text in _weakened(info.module.config):
+        yield Problem(info.name, setting, text, "warning")
+
+
+def _unreachable(router: Any) -> Iterator[tuple[str, str]]:
+    """Settings under which replay does not reach a router, or means nothing."""
+    config = router.config
+    routing = getattr(router, "routing_type", None)
     if routing in ("sinkhorn", "quantile_balancing"):
-        yield error(
+        yield (
             f"moe_router_load_balancing_type={routing!r}",
-            "this routing picks experts without Megatron's top-k. Use 'none', 'aux_loss' or "
-            "'seq_aux_loss'.",
+            (
+                "this routing picks experts without Megatron's top-k. Use 'none', 'aux_loss' or "
+                "'seq_aux_loss'."
+            ),
         )
+    for setting in ("moe_router_force_load_balancing", "moe_router_force_biased"):
+        if getattr(config, setting, None) not in (None, False):
+            yield (
+                f"{setting}={getattr(config, setting)!r}",
+                (
+                    "logits are replaced by noise, and gate weights come from them. It is for "
+                    "benchmarks: unset it."
+                ),
+            )
     captured = _captured_by_cuda_graph(config)
     if captured:
-        yield error(
+        yield (
             captured,
-            "a CUDA graph repeats the routes of its capture. Leave the router out of the graph "
-            "(cuda_graph_modules=['attn'], say) or set cuda_graph_impl='none'.",
+            (
+                "a CUDA graph repeats the routes of its capture. Leave the router out of the graph "
+                "(cuda_graph_modules=['attn'], say) or set cuda_graph_impl='none'."
+            ),
         )
-    if isinstance(current, Tap):
-        yield error(
+    if isinstance(getattr(router, "router_replay", None), Tap):
+        yield (
             "an open session",
             "this model is in a record or replay session. Leave it first.",
         )
-    elif driver := _driver(info.module):
-        yield error(
+    elif driver := _driver(router):
+        yield (
             driver,
-            "another replay manager drives this router, and two replays on one call would "
-            "contradict each other. Put that manager to rest before the session, by "
-            "RouterReplay.clear_global_router_replay_action() or the stage 'fallthrough'.",
+            (
+                "another replay manager drives this router, and two replays on one call would "
+                "contradict each other. Put that manager to rest before the session, by "
+                "RouterReplay.clear_global_router_replay_action() or the stage 'fallthrough'."
+            ),
         )
+
+
+def _weakened(config: Any) -> Iterator[tuple[str, str]]:
+    """Settings with which a session does less than its user may think."""
     if getattr(config, "moe_expert_capacity_factor", None) is not None:
-        yield Problem(
-            info.name,
+        yield (
             f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}",
-            "assignments above the capacity are dropped after replay, so the trained routes are "
-            "not the rollout's. Set it to None.",
-            "warning",
+            (
+                "assignments above the capacity are dropped after replay, so the trained routes are "
+                "not the rollout's. Set it to None."
+            ),
         )
     if getattr(config, "moe_router_fusion", False):
-        yield Problem(
-            info.name,
+        yield (
             "moe_router_fusion=True",
-            "the fused kernel returns before the extension point: sessions turn it off for their "
-            "duration, so bits differ from the fused kernel's.",
-            "warning",
+            (
+                "the fused kernel returns before the extension point: sessions turn it off for their "
+                "duration, so bits differ from the fused kernel's."
+            ),
         )
 
 
-def is_hash_routed(info: RouterInfo) -> bool:
-    """Whether the router chooses by token id (DeepSeek-V4's first layers): nothing to replay."""
-    return bool(getattr(info.module, "is_hash_layer", False))
+def takes_routes(info: RouterInfo) -> bool:
+    """Whether a session records or replays this router.
+
+    Routers that choose by token id (DeepSeek-V4's first layers) have nothing to replay.
+    """
+    return info.scope == MAIN and not getattr(info.module, "is_hash_layer", False)
+
+
+def refuse_twice(chunks: Sequence[nn.Module]) -> None:
+    """Raise if a chunk is listed twice.
+
+    Raises:
+        ReplayError: it is.
+    """
+    for index, chunk in enumerate(chunks):
+        if any(chunk is other for other in chunks[:index]):
+            raise ReplayError(
+                f"chunk {index} of the model ({type(chunk).__qualname__}) is there before: each of "
+                "its forward passes would count twice. List every chunk once."
+            )
+
+
+def refuse_shared(found: Sequence[Found]) -> None:
+    """Raise if a router that takes routes is a part of two chunks.
+
+    Raises:
+        ReplayError: it is.
+    """
+    for router in found:
+        if len(router.chunks) > 1 and takes_routes(router.info):
+            raise ReplayError(
+                f"{router.name} (layer {router.info.layer_number}) is a part of chunks "
+                f"{router.chunks}, and each chunk runs every microbatch: which rows a call takes "
+                "is not known. Build the chunks without shared MoE layers."
+            )
+
+
+def refuse_open_session(found: Sequence[Found]) -> None:
+    """Raise if a session is open on one of the routers.
+
+    Raises:
+        ReplayError: it is.
+    """
+    for router in found:
+        if isinstance(getattr(router.module, "router_replay", None), Tap):
+            raise ReplayError(
+                f"{router.name} is in an open session already: sessions on one model do not nest. "
+                "Leave the first `with` block before the second."
+            )
+
+
+def require_moe(chunks: Sequence[nn.Module], routers: Sequence[RouterInfo], kind: str) -> None:
+    """Raise if there is nothing to do on any rank; one rank of a MoE model may have no MoE layer.
+
+    Raises:
+        UnsupportedRoutingError: the model has no routers, and its config no experts.
+    """
+    if routers or any(_has_moe(chunk) for chunk in chunks):
+        return
+    raise UnsupportedRoutingError(
+        "the model has no MoE router and its config no num_moe_experts: there is nothing to "
+        f"{kind}. Pass the policy model's chunks."
+    )
+
+
+def _has_moe(chunk: nn.Module) -> bool:
+    return any(
+        getattr(getattr(module, "config", None), "num_moe_experts", None)
+        for module in chunk.modules()
+    )
 
 
 def unfused(config: Any) -> Any:
@@ -157,17 +260,29 @@ def mlp_chunks(config: Any) -> int:
     )
 
 
+def sums_in_order(router: MainRouter) -> bool:
+    """Whether the order of a row's ids changes bits: Megatron sums over the row's scores.
+
+    It does not after a softmax over all experts, nor where a row has one id.
+    Source: ``topk_routing_with_score_function``, megatron/core/transformer/moe/moe_utils.py,
+    0.16.1 to 0.19.2.
+    """
+    config = router.module.config
+    pre_softmax = config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax
+    return router.topk > 1 and not pre_softmax
+
+
 def topk_sorts(*, grouped: bool) -> bool:
     """Whether Megatron's top-k, called now, returns a row's ids by descending score.
 
     Always up to 0.17; from 0.18 with grad enabled, and always for group-limited routing. Asked of
     the installed function once per case.
     """
-    return _topk_sorts(grouped, torch.is_grad_enabled())
+    return _topk_sorts(grouped=grouped, grad_enabled=torch.is_grad_enabled())
 
 
 @functools.cache
-def _topk_sorts(grouped: bool, grad_enabled: bool) -> bool:
+def _topk_sorts(*, grouped: bool, grad_enabled: bool) -> bool:
     topk_function = _topk_function()
     if topk_function is None:
         return True
@@ -199,10 +314,10 @@ def _topk_function() -> Callable[..., Any] | None:
 
 def _driver(router: Any) -> str | None:
     """What drives a router at this moment; None while every manager rests."""
-    name = bridges.driver(router)
+    replay = getattr(router, "router_replay", None)
+    name = bridges.replaying(router, replay)
     if name is not None:
         return f"the replay manager {name} is replaying or recording"
-    replay = getattr(router, "router_replay", None)
     if replay is None or isinstance(replay, ManagerTap) or hasattr(replay, "router_replay_action"):
         return None
     return f"router_replay is a {type(replay).__qualname__}"

@@ -36,7 +36,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Histo
     """Switches the trace on; called, it gives what the sessions so far have written."""
     base = str(tmp_path / "run.jsonl")
     monkeypatch.setattr(_config, "CONFIG", dataclasses.replace(_config.CONFIG, trace=base))
-    monkeypatch.setattr(writer, "_silenced", False)
+    monkeypatch.setattr(writer, "_lost", 0)
     return lambda: load([base])
 
 

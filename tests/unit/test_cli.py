@@ -1,22 +1,20 @@
-"""doctor and inspect: the numbers they give, what they find, and how they fit a small terminal."""
+"""The commands, and doctor: what it finds, and how it fits a small terminal."""
 
 from __future__ import annotations
 
 import ast
-import base64
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from r3patch import Routes, cli
-from r3patch.cli.inspect import suspicions
+import r3patch
+from r3patch import cli
 
 pytest.importorskip("rich")
-
-NUM_TOKENS, NUM_EXPERTS, TOPK, LAYERS = 200, 32, 4, (2, 3, 4, 5)
 
 REPLAYABLE = """
 import sys, probe, r3patch
@@ -25,37 +23,6 @@ import megatron.core.transformer.moe.router as router
 def topk_function(logits, topk, router_replay=None, **rest): ...
 router.topk_routing_with_score_function = topk_function
 """
-
-
-def chosen(seed: int = 0, noise: float = 0.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (NUM_TOKENS, len(LAYERS), NUM_EXPERTS)
-    scores = torch.randn(shape, generator=generator)
-    return (scores + noise * torch.randn(shape, generator=generator)).topk(TOPK).indices
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Callable[..., str]:
-    def save(name: str, experts: torch.Tensor, valid: torch.Tensor | None = None) -> str:
-        path = str(tmp_path / name)
-        Routes(experts, LAYERS, valid, num_experts=NUM_EXPERTS).save(path)
-        return path
-
-    return save
-
-
-@pytest.fixture
-def inspect(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str]]:
-    monkeypatch.setenv("COLUMNS", "60")
-
-    def inspect(*args: str) -> tuple[int, str]:
-        status = cli.main(["inspect", *args])
-        out, err = capsys.readouterr()
-        return status, out + err
-
-    return inspect
 
 
 def test_doctor_is_content_where_every_constructor_is_wrapped(fresh: Callable[..., str]) -> None:
@@ -207,10 +174,67 @@ def test_a_missing_extra_is_named(fresh: Callable[..., str]) -> None:
     """Without rich, doctor's tables say which extra to install; --json needs none."""
     out = fresh(REPLAYABLE + 'sys.modules["rich"] = None\nprint(cli.main(["doctor"]))')
     assert "this needs rich" in out
-    assert "pip install 'r3patch[cli]'" in out
+    assert "from a checkout of r3patch: pip install '.[cli]'" in out
     assert "Traceback" not in out
     out = fresh(REPLAYABLE + 'sys.modules["rich"] = None\nprint(cli.main(["doctor", "--json"]))')
     assert out.strip().endswith("0")
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("rich", "inspect x.pt", "cli"),
+        ("rich", "demo", "cli"),
+        (
+            "torch",
+            "inspect {tmp}/x.json --num-tokens 1 --num-experts 2 --topk 1 --num-layers 1",
+            "megatron",
+        ),
+        ("torch", "demo", "megatron"),
+    ],
+)
+def test_every_command_names_the_extra_that_it_lacks(
+    fresh: Callable[..., str], tmp_path: Path, package: str, command: str, extra: str
+) -> None:
+    """One line and status 1 instead of a traceback."""
+    (tmp_path / "x.json").write_text("[]")
+    args = command.format(tmp=tmp_path).split()
+    out = fresh(
+        f"""
+import sys
+from r3patch import cli
+sys.modules[{package!r}] = None
+print(cli.main({args!r}))
+"""
+    )
+    assert f"this needs {package}" in out
+    assert f"pip install '.[{extra}]'" in out
+    assert out.strip().endswith("1")
+
+
+def test_the_report_needs_no_torch(fresh: Callable[..., str], tmp_path: Path) -> None:
+    """A trace is read, judged and told where only the training machine has torch."""
+    path = tmp_path / "run.jsonl"
+    out = fresh(
+        f"""
+import sys
+sys.modules["torch"] = None
+from r3patch import cli
+from r3patch.observe import trace
+trace.write(trace.session("replay", step=1, error=ValueError("no")))
+print(cli.main(["report", {str(path)!r}, "-o", {str(tmp_path / "page.html")!r}]))
+""",
+        R3PATCH_TRACE=str(path),
+    )
+    assert out.startswith("Not good. Did every session end without an error? 1 did not.")
+    assert (tmp_path / "page.html").exists() or "pip install '.[report]'" in out
+
+
+def test_the_package_runs_as_a_module_and_says_its_version() -> None:
+    """`python -m r3patch --version`, where the script is not on the path."""
+    command = [sys.executable, "-m", "r3patch", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"r3patch {r3patch.__version__}\n"
 
 
 def test_help_imports_no_command(fresh: Callable[..., str]) -> None:
@@ -228,139 +252,6 @@ print([name for name in sys.modules if name.startswith("r3patch.cli.")])
     )
     assert all(name in out for name in cli.COMMANDS)
     assert out.strip().endswith("[]")
-
-
-def test_inspect_shows_shape_coverage_and_load(
-    save: Callable[..., str], inspect: Callable[..., tuple[int, str]]
-) -> None:
-    """The facts of a healthy file, and exit status 0; every line fits 60 columns."""
-    valid = torch.ones(NUM_TOKENS, dtype=torch.bool)
-    valid[-10:] = False
-    status, out = inspect(save("a.pt", chosen(), valid))
-    assert status == 0
-    assert "top-4 of 32" in out
-    assert "4: 2-5" in out
-    assert "760 of 800 (95.0%)" in out
-    assert "No layer is suspicious." in out
-    assert max(map(len, out.splitlines())) <= max(60, len(out.splitlines()[0]))
-
-
-def test_inspect_finds_the_layers_that_no_router_chose() -> None:
-    """Never captured, constant, copied from a neighbour, and one expert everywhere."""
-    experts = chosen()
-    experts[:, 1] = torch.arange(TOPK)
-    experts[:, 3] = experts[:, 2]
-    valid = torch.ones(NUM_TOKENS, len(LAYERS), dtype=torch.bool)
-    valid[:, 0] = False
-    found = dict(suspicions(Routes(experts, LAYERS, valid, num_experts=NUM_EXPERTS)))
-    assert list(found) == [2, 3, 5]
-    assert "no valid row" in found[2]
-    assert "constant: every row is [0, 1, 2, 3]" in found[3]
-    assert "equal to layer 4" in found[5]
-
-    experts = chosen() % (NUM_EXPERTS - 1) + 1
-    experts[:, 2] = torch.tensor([0, *range(1, TOPK)]) + torch.arange(NUM_TOKENS)[:, None] % 2
-    experts[:, 2, 0] = 0
-    found = dict(suspicions(Routes(_distinct(experts), LAYERS, num_experts=NUM_EXPERTS)))
-    assert list(found) == [4]
-    assert "one expert is in 100% of the rows" in found[4]
-
-
-def _distinct(experts: torch.Tensor) -> torch.Tensor:
-    """The same with the rows of other layers chosen anew, so that no id repeats."""
-    fresh = chosen(3)
-    fresh[:, 2] = experts[:, 2]
-    return fresh
-
-
-def test_inspect_of_a_suspicious_file_fails(
-    save: Callable[..., str], inspect: Callable[..., tuple[int, str]]
-) -> None:
-    """So that a script can stop at it."""
-    experts = chosen()
-    experts[:, 1] = torch.arange(TOPK)
-    status, out = inspect(save("a.pt", experts))
-    assert status == 1
-    assert "suspicious layer 3" in out
-
-
-@pytest.mark.parametrize("kind", ["json", "b64", "npy"])
-def test_inspect_reads_raw_payloads(
-    kind: str, tmp_path: Path, inspect: Callable[..., tuple[int, str]]
-) -> None:
-    """The same numbers from JSON, base64 of flat int32, and .npy; sizes come by option."""
-    # The engine sends the dense first layer too, as zeros.
-    experts = torch.nn.functional.pad(chosen()[:-1].int(), (0, 0, 1, 0))
-    path = tmp_path / f"payload.{kind}"
-    if kind == "json":
-        path.write_text(json.dumps({"routed_experts": experts.tolist()}))
-    elif kind == "b64":
-        path.write_bytes(base64.b64encode(experts.numpy().tobytes()) + b"\n")
-    else:
-        pytest.importorskip("numpy").save(path, experts.numpy())
-    sizes = ["--num-tokens", "200", "--num-experts", "32", "--topk", "4", "--num-layers", "5"]
-    status, out = inspect(str(path), *sizes, "--moe-layers", "2-5")
-    assert status == 0, out
-    assert "4: 2-5" in out
-    assert "796 of 800" in out
-
-
-def test_inspect_asks_for_the_sizes_of_a_payload(
-    tmp_path: Path, inspect: Callable[..., tuple[int, str]]
-) -> None:
-    """What a payload does not say is asked for by the names of the options."""
-    path = tmp_path / "payload.json"
-    path.write_text("[]")
-    status, out = inspect(str(path), "--topk", "4")
-    assert status == 1
-    assert "add --num-tokens, --num-experts, --num-layers" in out
-
-
-def test_inspect_of_two_files_says_where_they_differ(
-    save: Callable[..., str], inspect: Callable[..., tuple[int, str]]
-) -> None:
-    """Layer by layer; equal files are exit status 0, others 1, as diff has it."""
-    a, other = chosen(), chosen()
-    other[:50, 2] = chosen(9)[:50, 2]
-    path = save("a.pt", a)
-    assert inspect(path, path)[0] == 0
-    status, out = inspect(path, save("b.pt", other))
-    assert status == 1
-    row = next(line.split() for line in out.splitlines() if line.startswith("4 "))
-    assert row[:3] == ["4", "200", "25.0%"]
-    assert "6.2% of rows differ" in out
-    assert "25.0% of tokens differ" in out
-    assert "shifted" not in out
-
-
-@pytest.mark.parametrize(
-    ("axis", "by", "text"),
-    [(1, 1, "+1 MoE layer"), (1, -1, "-1 MoE layer"), (0, 1, "+1 token"), (0, -2, "-2 token")],
-)
-def test_inspect_recognises_a_shift_by_layers_or_tokens(
-    axis: int,
-    by: int,
-    text: str,
-    save: Callable[..., str],
-    inspect: Callable[..., tuple[int, str]],
-) -> None:
-    """Routes that are off by a layer or a token are named as such, with the sign."""
-    status, out = inspect(
-        save("a.pt", chosen()), save("b.pt", chosen(noise=0.02).roll(by, dims=axis))
-    )
-    out = " ".join(out.split())
-    assert status == 1
-    assert "not the same tokens, layers and weights" in out
-    assert f"The second is shifted by {text}" in out
-    assert out.count("shifted by") == 1
-
-
-def test_inspect_of_a_missing_file_is_one_line(inspect: Callable[..., tuple[int, str]]) -> None:
-    """No traceback."""
-    status, out = inspect("nowhere.pt")
-    assert status == 1
-    assert out.startswith("r3patch inspect: ")
-    assert out.count("\n") == 1
 
 
 def test_only_the_command_line_prints() -> None:
