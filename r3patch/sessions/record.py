@@ -12,7 +12,8 @@ from r3patch.labels.model import MainRouter
 from r3patch.metrics import ExpertLoad, expert_load
 from r3patch.observe import trace
 from r3patch.observe.stats import ReplayStats
-from r3patch.rows.routes import Routes, stored_dtype
+from r3patch.rows.checks import stored_dtype
+from r3patch.rows.routes import Routes
 from r3patch.sessions import _preflight
 from r3patch.sessions._recompute import in_recompute
 from r3patch.sessions._session import Chunk, Plan, Session, readable

@@ -45,7 +45,7 @@ TOKENS = BATCH * LENGTH
 EXPERTS, TOPK = 16, 4
 
 
-def build(**overrides: Any) -> torch.nn.Module:
+def build(**overrides: Any) -> Any:  # torch types attributes of a module as Tensor | Module
     """A small MoE + MTP model; the expert bias is filled, so that it matters."""
     torch.manual_seed(0)
     config = {"num_layers": 3, "num_moe_experts": EXPERTS, **overrides}
@@ -66,11 +66,11 @@ def batch(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def layers(model: torch.nn.Module) -> tuple[int, ...]:
-    return tuple(info.layer_number for info in r3patch.routers(model, "main"))
+def layers(model: Any) -> tuple[int, ...]:
+    return tuple(info.layer_number or 0 for info in r3patch.routers(model, "main"))
 
 
-def random_routes(model: torch.nn.Module, seed: int, num_tokens: int = TOKENS) -> Routes:
+def random_routes(model: Any, seed: int, num_tokens: int = TOKENS) -> Routes:
     """Routes that the model would not choose: distinct random experts per row."""
     noise = torch.rand(
         num_tokens, len(layers(model)), EXPERTS, generator=torch.Generator().manual_seed(seed)
@@ -89,11 +89,12 @@ def shuffled(routes: Routes) -> Routes:
     return Routes(routes.experts[..., order], routes.layers, num_experts=routes.num_experts)
 
 
-def loss_of(model: torch.nn.Module, seed: int) -> torch.Tensor:
-    return model(**batch(seed)).mean()
+def loss_of(model: Any, seed: int) -> torch.Tensor:
+    loss: torch.Tensor = model(**batch(seed)).mean()
+    return loss
 
 
-def step(model: torch.nn.Module, seeds: tuple[int, ...] = (1, 2)) -> dict[str, torch.Tensor]:
+def step(model: Any, seeds: tuple[int, ...] = (1, 2)) -> dict[str, torch.Tensor]:
     """One step, a backward after each forward: losses and gradients by name."""
     model.zero_grad()
     result = {}
@@ -104,7 +105,7 @@ def step(model: torch.nn.Module, seeds: tuple[int, ...] = (1, 2)) -> dict[str, t
     return result | gradients(model)
 
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -116,8 +117,8 @@ def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) ->
 
 def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     assert got.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=name)
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 class Calls(testing.RoutingCalls):
@@ -127,7 +128,7 @@ class Calls(testing.RoutingCalls):
         maps: dict[int, list[torch.Tensor]] = {}
         for call in self:
             if call.info.scope == "main" and call.in_backward == in_backward:
-                maps.setdefault(call.info.layer_number, []).append(call.routing_map)
+                maps.setdefault(call.info.layer_number or 0, []).append(call.routing_map)
         return maps
 
 
@@ -143,7 +144,7 @@ def assert_maps(maps: dict[int, list[torch.Tensor]], microbatches: list[Routes])
             assert torch.equal(got, wanted_map(routes, layer))
 
 
-def assert_untouched(model: torch.nn.Module) -> None:
+def assert_untouched(model: Any) -> None:
     for info in r3patch.routers(model):
         assert info.module.router_replay is None
     assert not model._forward_hooks

@@ -176,7 +176,7 @@ def test_rows_are_not_the_callers(num_layers: int, missing: Any) -> None:
         assert torch.equal(given.experts, before)
         given.experts.fill_(0)
         loss_of(model, 1)
-    valid = given.valid[:, 0]
+    valid = given.mask[:, 0]
     want = Routes(before, given.layers, given.valid, num_experts=EXPERTS)
     for layer, (got,) in calls.main(in_backward=False).items():
         ids = want.select([layer]).experts[:, 0].long()
@@ -287,7 +287,7 @@ def test_layers_with_different_topk() -> None:
 # Pruned models
 
 
-def pruned(experts: int = 8, **overrides: Any) -> torch.nn.Module:
+def pruned(experts: int = 8, **overrides: Any) -> Any:
     """The last layer has fewer experts than the model's config says."""
     model = build(**overrides)
     router = r3patch.routers(model, "main")[-1].module
@@ -300,7 +300,7 @@ def pruned(experts: int = 8, **overrides: Any) -> torch.nn.Module:
     return model
 
 
-def run_routers(model: torch.nn.Module) -> None:
+def run_routers(model: Any) -> None:
     hidden = torch.randn(
         12, 2, model.config.hidden_size, generator=torch.Generator().manual_seed(3)
     )

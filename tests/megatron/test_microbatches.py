@@ -40,7 +40,7 @@ def cpu() -> Iterator[None]:
 
 @pytest.mark.feature("config:mlp_chunks_for_training")
 @RECOMPUTE
-def test_chunked_mlp(recompute) -> None:
+def test_chunked_mlp(recompute: Any) -> None:
     """A router called once per piece of the sequence gets the pieces of its rows, in order."""
 
     def run(**overrides: Any) -> dict[str, torch.Tensor]:
@@ -75,11 +75,11 @@ def test_chunked_mlp_is_recorded_whole() -> None:
 
 
 @RECOMPUTE
-def test_missing_rows_route_live(recompute) -> None:
+def test_missing_rows_route_live(recompute: Any) -> None:
     """Invalid rows take Megatron's own choice, valid ones the rollout's, in recompute too."""
     model = build(**recompute)
     routes = with_gaps(random_routes(model, 11))
-    valid = routes.valid[:, 0]
+    valid = routes.mask[:, 0]
     calls = Calls(model)
     with r3patch.replay(model, [routes]):
         step(model, (1,))

@@ -28,7 +28,7 @@ from r3patch import testing
 pytestmark = pytest.mark.megatron
 
 
-class Stop(Exception):
+class StopHereError(Exception):
     """Raised in the middle of a pass."""
 
 
@@ -49,7 +49,7 @@ def cpu() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("error", [Stop, Interrupt])
+@pytest.mark.parametrize("error", [StopHereError, Interrupt])
 @pytest.mark.parametrize("failing", range(3))
 @pytest.mark.parametrize("recompute", [{}, FULL], ids=["no_recompute", "full"])
 def test_a_failed_forward_is_rewound(failing: int, recompute: Any, error: Any) -> None:
@@ -173,7 +173,7 @@ def test_a_thread_that_died_in_a_pass_gives_its_rows_back() -> None:
 class PerSequence(torch.nn.Module):
     """An engine-like forward: the model runs once per sequence, in one forward pass."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model, self.config = model, model.config
 
@@ -216,7 +216,7 @@ def test_a_second_microbatch_in_one_pass_is_refused() -> None:
         model((6, 6))
 
 
-@pytest.mark.parametrize("error", [Stop, Interrupt])
+@pytest.mark.parametrize("error", [StopHereError, Interrupt])
 def test_a_failed_pass_records_nothing(error: Any) -> None:
     """The half of a forward that failed is not a microbatch, nor a part of the next one."""
     model = build()
@@ -235,7 +235,7 @@ def test_a_failed_pass_records_nothing(error: Any) -> None:
     assert [routes.num_tokens for routes in again.routes] == [TOKENS, TOKENS]
 
 
-def twice(model: torch.nn.Module) -> None:
+def twice(model: Any) -> None:
     with torch.no_grad():
         loss_of(model, 1)
     loss_of(model, 1).backward()

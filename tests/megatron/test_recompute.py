@@ -34,7 +34,7 @@ def cpu() -> Iterator[None]:
 # Recompute in any order
 
 
-def orders(model: torch.nn.Module, schedule: str) -> None:
+def orders(model: Any, schedule: str) -> None:
     """Runs three microbatches (seeds 1, 2, 3) by a schedule of forwards f, backwards b, evals e."""
     losses: dict[int, torch.Tensor] = {}
     for move in schedule.split():
@@ -58,7 +58,7 @@ def orders(model: torch.nn.Module, schedule: str) -> None:
         "f1 e4 f2 e5 b2 f3 e4 b1 e5 b3",
     ],
 )
-def test_recompute_in_any_order(recompute, schedule) -> None:
+def test_recompute_in_any_order(recompute: Any, schedule: Any) -> None:
     """Whatever the order of forwards, backwards and evaluations, gradients are the plain run's."""
 
     def run(**overrides: Any) -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ def test_recompute_in_any_order(recompute, schedule) -> None:
 
 @pytest.mark.parametrize("outer_reentrant", [True, False])
 @pytest.mark.parametrize("recompute", [{}, FULL, SELECTIVE], ids=["plain", "full", "selective"])
-def test_the_whole_model_in_a_checkpoint(recompute, outer_reentrant) -> None:
+def test_the_whole_model_in_a_checkpoint(recompute: Any, outer_reentrant: bool) -> None:
     """A checkpoint of the user's around Megatron's own nests, and gradients are the plain run's."""
 
     def run(wrap: bool, **overrides: Any) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def test_the_whole_model_in_a_checkpoint(recompute, outer_reentrant) -> None:
 
 
 @pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective_moe"])
-def test_backward_in_another_thread(recompute) -> None:
+def test_backward_in_another_thread(recompute: Any) -> None:
     """Autograd's CUDA workers are threads of their own: state on the tap is visible there."""
     model = build(**recompute)
     microbatches = [random_routes(model, 11)]

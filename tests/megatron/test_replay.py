@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def cpu() -> Iterator[None]:
 
 @RECOMPUTE
 @ROUTING
-def test_own_routes_measured_are_equal_to_the_bit(routing, recompute) -> None:
+def test_own_routes_measured_are_equal_to_the_bit(routing: Any, recompute: Any) -> None:
     """Record, shuffle the columns, replay with measure=True: loss and all gradients are equal."""
     model = build(**routing, **recompute)
     plain = step(model)
@@ -50,7 +51,7 @@ def test_own_routes_measured_are_equal_to_the_bit(routing, recompute) -> None:
 
 @RECOMPUTE
 @ROUTING
-def test_own_routes_unmeasured(routing, recompute) -> None:
+def test_own_routes_unmeasured(routing: Any, recompute: Any) -> None:
     """With measure=False equal to the bit without recompute, to fp32 rounding with it."""
     model = build(**routing, **recompute)
     plain = step(model)
@@ -70,7 +71,9 @@ class Forced:
     def __init__(self, microbatches: list[torch.Tensor]) -> None:
         self.microbatches = list(microbatches)
 
-    def get_replay_topk(self, scores, topk, num_groups, group_topk, default_compute_topk):
+    def get_replay_topk(
+        self, scores: Any, topk: int, num_groups: Any, group_topk: Any, default_compute_topk: Any
+    ) -> Any:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen.scatter_(1, self.microbatches.pop(0).long(), True)
         _, ids = torch.topk(scores.masked_fill(~chosen, -torch.inf), topk, dim=1)
@@ -78,14 +81,14 @@ class Forced:
 
 
 @ROUTING
-def test_foreign_routes_equal_an_independent_way_to_force_them(routing) -> None:
+def test_foreign_routes_equal_an_independent_way_to_force_them(routing: Any) -> None:
     """Loss and gradients are those of the same selection forced by masking the scores."""
     model = build(**routing)
     microbatches = [random_routes(model, seed) for seed in (11, 12)]
     infos = r3patch.routers(model, "main")
     for info in infos:
         info.module.router_replay = Forced(
-            [r.select((info.layer_number,)).experts[:, 0] for r in microbatches]
+            [r.select([info.layer_number or 0]).experts[:, 0] for r in microbatches]
         )
     forced = step(model)
     for info in infos:
@@ -95,7 +98,7 @@ def test_foreign_routes_equal_an_independent_way_to_force_them(routing) -> None:
 
 
 @RECOMPUTE
-def test_routing_maps_are_what_was_fed(recompute) -> None:
+def test_routing_maps_are_what_was_fed(recompute: Any) -> None:
     """Every main router's map is the fed row set, in forward and in recompute."""
     model = build(**recompute)
     calls = Calls(model)
@@ -108,7 +111,7 @@ def test_routing_maps_are_what_was_fed(recompute) -> None:
 
 
 @RECOMPUTE
-def test_mtp_is_megatrons_own_to_the_bit(recompute) -> None:
+def test_mtp_is_megatrons_own_to_the_bit(recompute: Any) -> None:
     """Every MTP call's probs and map equal those of Megatron's router on the same input."""
     model = build(**recompute)
     calls = Calls(model)

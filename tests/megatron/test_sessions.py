@@ -87,7 +87,7 @@ def test_unlabelled_routers_are_refused() -> None:
         (TOKENS + 1, r"routes 24 tokens, the microbatch has 25 rows"),
     ],
 )
-def test_a_wrong_token_count_is_refused(num_tokens, text) -> None:
+def test_a_wrong_token_count_is_refused(num_tokens: int, text: str) -> None:
     """A call takes a whole microbatch; the message says what a factor of 2 means."""
     model = build()
     with (
@@ -135,7 +135,7 @@ def test_a_session_that_replays_nothing_raises() -> None:
         ({"layers": (1, 3)}, "has no column for .* \\(layer 2\\)"),
     ],
 )
-def test_routes_for_another_model_are_refused_on_entry(change, text) -> None:
+def test_routes_for_another_model_are_refused_on_entry(change: Any, text: str) -> None:
     """topk, number of experts and layers are compared before any forward."""
     model = build()
     routes = random_routes(model, 11)
@@ -154,11 +154,11 @@ def test_one_routes_is_not_a_list_of_microbatches() -> None:
     """A Routes in the place of a list is a mistake that iteration would hide."""
     model = build()
     with pytest.raises(r3patch.ReplayError, match="it takes a list, one for each microbatch"):
-        r3patch.replay(model, random_routes(model, 11))
+        r3patch.replay(model, random_routes(model, 11))  # type: ignore[arg-type]
 
 
 @RECOMPUTE
-def test_a_closed_session_holds_no_rows(recompute) -> None:
+def test_a_closed_session_holds_no_rows(recompute: Any) -> None:
     """The user may keep the session for its figures: rows and calls are freed."""
     model = build(**recompute)
     with r3patch.replay(model, [random_routes(model, seed) for seed in (11, 12)]) as session:
