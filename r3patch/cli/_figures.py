@@ -70,6 +70,11 @@ def figures(history: History) -> list[Figure]:
                 _policy_gap(phase),
                 _rows(phase),
             ]
+            if name != phases[0][0]:
+                of_phase = [
+                    figure and replace(figure, caption=f"As above, in {_legible(name)}.")
+                    for figure in of_phase
+                ]
             drawn += [_named(figure, name if len(phases) > 1 else "") for figure in of_phase]
         for num_experts, loads in sorted(history.loads.items()):
             name = f"{num_experts} experts" if len(history.loads) > 1 else ""

@@ -174,28 +174,33 @@ def _check_related(history: History) -> Check:
         return Check(question, True, f"They share {percent(overlap)} of the live experts.", where)
     layers = {layer for found in odd for layer in found.unrelated}
     worst = f"Worst: {odd[0].session}, {percent(odd[0].overlap)} of the experts are shared."
-    cause = _cause([found.session for found in odd], [found.session for found in measured])
-    steps = _steps({found.session.step or 0 for found in odd})
-    text = f"Hardly, in layers {spans(layers)}, {steps}. {cause} {worst}"
+    scope, cause = _pattern([o.session for o in odd], [found.session for found in measured])
+    text = f"Hardly, in layers {spans(layers)}, {scope}. {cause} {worst}"
+    if len(history.phases) > 1:
+        where += f", {odd[0].session.name}"
     return Check(question, False, text, where)
 
 
-def _cause(odd: Sequence[Session], measured: Sequence[Session]) -> str:
-    """What the pattern of bad sessions among the measured ones looks like."""
-    ranks, names, steps = {s.rank for s in odd}, {s.name for s in odd}, {s.step for s in odd}
-    if ranks != {s.rank for s in measured if s.name in names and s.step in steps}:
-        text = f"On rank{'s' * (len(ranks) > 1)} {spans(ranks)} only: rows placed for another rank,"
-        return f"{text} or of another rank's samples."
-    if names != {s.name for s in measured}:
-        return f"In {_some(sorted(names))} only: its rows are not those of its microbatches."
-    if len(odd) < sum(s.step in steps for s in measured):
-        return "In some sessions of a step only: rows of another microbatch."
-    if steps == {s.step for s in measured}:
-        return (
-            "At every measured step: columns shifted by a layer, misplaced tokens, or other "
-            "weights."
-        )
-    return "At some steps only: stale rows, of other tokens or of an earlier rollout."
+def _pattern(odd: Sequence[Session], measured: Sequence[Session]) -> tuple[str, str]:
+    """Where the bad sessions are among the measured ones, and what that looks like."""
+    ranks, names = {s.rank for s in odd}, {s.name for s in odd}
+    steps = {s.step or 0 for s in odd}
+    beside = [s for s in measured if (s.step or 0) in steps]
+    some_ranks = ranks != {s.rank for s in beside if s.layers in {o.layers for o in odd}}
+    some_names = names != {s.name for s in beside}
+    scope = _steps(steps)
+    if some_ranks:
+        scope += f", on rank{'s' * (len(ranks) > 1)} {spans(ranks)} only"
+    if some_names:
+        scope += f", in {_some(sorted(names))} only"
+    if steps != {s.step or 0 for s in measured}:
+        return scope, "At some steps only: stale rows, of other tokens or of an earlier rollout."
+    if some_ranks:
+        return scope, "On some ranks only: rows placed for another rank, or of its samples."
+    if len(odd) < len(beside):
+        return scope, "In some sessions of a step only: rows of another microbatch."
+    cause = "columns shifted by a layer, misplaced tokens, or other weights"
+    return scope, f"At every measured step: {cause}."
 
 
 def _check_mtp(history: History) -> Check:
