@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from r3patch import ReplayError, ReplayStats
 from r3patch.observe.stats import COUNTED, RouterStats
 
 
-def router(layer: int, scope: str = "main", **counts: int) -> RouterStats:
+def router(layer: int, scope: Any = "main", **counts: int) -> RouterStats:
     return RouterStats(f"{scope}.{layer}", 0, scope, layer, topk=4, **counts)
 
 

@@ -20,7 +20,7 @@ from r3patch.observe.verdict import checks, verdict
 
 MISSING = object()
 #: What a field becomes, one after another. A JSON reader takes NaN, and so do other writers.
-VALUES = (
+VALUES: tuple[Any, ...] = (
     MISSING, None, True, 0, -1, 1, 2**53, 10**400, 0.5, -1e308, 1e308, float("nan"), float("-inf"),
     "", "nan", "text", "$\\frac{", "\ud800", "\x00\x1b[31m", "x" * 50_000, [], [[]], [None], {},
     {"x": 1}, {"layers": [1]},
