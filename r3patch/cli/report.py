@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r3patch.observe.history import Counts, History, load
-from r3patch.observe.numerals import compact, percent, plural
+from r3patch.observe.numerals import compact, percent, plural, some
 from r3patch.observe.verdict import Check, Verdict, checks, judged, verdict
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         Path(args.output).write_text(page(history, args.title), encoding="utf-8")
     finally:  # the verdict is there without matplotlib too
-        _print(verdict(found).text)
+        _print(str(verdict(found)))
         for check in found:
             _print(f"{_MARKS[check.good][1]} {check.question} {check.answer}")
     _print(f"{args.output} written.")
@@ -85,13 +85,9 @@ def page(history: History, title: str, about: str = "") -> str:
 
 
 def _verdict(found: Verdict) -> str:
-    word, _, rest = found.text.partition(".")
-    if found.good and "," in word:
-        word, rest = "Good", found.text.removeprefix("Good")
-    else:
-        word += "."
     kind = _MARKS[found.good][0]
-    return f'<p class="verdict {kind}"><strong>{escape(word)}</strong>{escape(rest)}</p>'
+    word, reason = escape(found.word), escape(found.reason)
+    return f'<p class="verdict {kind}"><strong>{word}</strong> {reason}</p>'
 
 
 def _body(history: History, found: Sequence[Check]) -> str:
@@ -128,7 +124,7 @@ def _subtitle(history: History) -> str:
     span = f"{unit}s {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"{unit} {[*steps, 0][0]}"
     where = f"{len(history.ranks)} ranks" if len(history.ranks) > 1 else "one rank"
     names = [name for name in history.phases if name]
-    phases = f", phases {', '.join(names)}" if names else ""
+    phases = f", phases {some(names)}" if names else ""
     count = plural(len(history.replays), "replay session")
     return f"{count}, {span}, {where}{phases}" if steps else f"{count}, {where}"
 

@@ -195,6 +195,7 @@ def _router(value: Any) -> RouterStats:
         scope,
         layer,
         topk=_count(get("topk"), "topk"),
+        hash_routed=get("hash_routed") is True,  # not in traces of r3patch 0.1
         **{name: _count(get(name), name) for name in COUNTED},
     )
     for part, whole in (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from r3patch.labels.scope import MTP
 from r3patch.observe.history import History
-from r3patch.observe.numerals import compact, percent, plural, spans
+from r3patch.observe.numerals import compact, percent, plural, some, spans
 from r3patch.observe.reader import Session
 from r3patch.observe.stats import RouterStats
 from r3patch.rows.overlap import suspicious_overlap
@@ -36,10 +36,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The run in one line."""
+    """The run in one line: a word, and what is behind it."""
 
     good: bool
-    text: str
+    word: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,11 @@ def verdict(found: Sequence[Check]) -> Verdict:
     bad = [check for check in found if check.good is False]
     if bad:
         more = f" And {plural(len(bad) - 1, 'more fault')}, below." if len(bad) > 1 else ""
-        return Verdict(False, f"Not good. {bad[0].question} {bad[0].answer}{more}")
+        return Verdict(False, "Not good.", f"{bad[0].question} {bad[0].answer}{more}")
     unknown = [check.question for check in found if check.good is None]
     if unknown:
-        return Verdict(True, f"Good, as far as it was looked at. Unknown: {' '.join(unknown)}")
-    return Verdict(True, "Good. Every check below is.")
+        return Verdict(True, "Good, as far as was looked.", f"Unknown: {' '.join(unknown)}")
+    return Verdict(True, "Good.", "Every check below is.")
 
 
 def checks(history: History) -> list[Check]:
@@ -133,13 +137,15 @@ def _check_reached(history: History) -> Check:
     for session in history.replays:
         called = any(router.forward_calls for router in session.main)
         for router in session.main:
+            if router.hash_routed:
+                continue
             # A refused session called none; that is not this router's fault.
             if not router.forward_calls and (called or not session.error):
                 uncalled[router.name].append(session)
             elif not router.rows_replayed and not session.error:
                 without[router.layer_number or 0].append(session)
     if uncalled:
-        names = _some([f"{name} ({_sessions(s)})" for name, s in uncalled.items()])
+        names = some([f"{name} ({_sessions(s)})" for name, s in uncalled.items()])
         text = f"Megatron's top-k was never called by {names}: an orphaned or bypassed router."
         return Check(question, False, text, where)
     if without:
@@ -192,7 +198,7 @@ def _pattern(odd: Sequence[Session], measured: Sequence[Session]) -> tuple[str, 
     if some_ranks:
         scope += f", on rank{'s' * (len(ranks) > 1)} {spans(ranks)} only"
     if some_names:
-        scope += f", in {_some(sorted(names))} only"
+        scope += f", in {some(sorted(names))} only"
     if steps != {s.step or 0 for s in measured}:
         return scope, "At some steps only: stale rows, of other tokens or of an earlier rollout."
     if some_ranks:
@@ -213,7 +219,7 @@ def _check_mtp(history: History) -> Check:
             if router.scope == MTP and router.rows_replayed:
                 touched[f"{router.name} ({session})"] += router.rows_replayed
     if touched:
-        names = _some([name for name, _ in touched.most_common()])
+        names = some([name for name, _ in touched.most_common()])
         return Check(question, False, f"Rows were replayed by {names}.", where)
     calls = int(sum(counts["forward_calls"] for counts in history.mtp.values()))
     return Check(question, True, f"{calls:,} calls took Megatron's own top-k.", where)
@@ -274,12 +280,8 @@ def _sessions(sessions: Iterable[Session]) -> str:
     ranks = {session.rank for session in sessions}
     names = {session.name for session in sessions if session.name}
     text += f", rank{'s' * (len(ranks) > 1)} {spans(ranks)}" if ranks != {0} else ""
-    return text + (f", {_some(sorted(names))}" if names else "")
+    return text + (f", {some(sorted(names))}" if names else "")
 
 
 def _steps(steps: Collection[int]) -> str:
     return f"step{'s' if len(steps) > 1 else ''} {spans(steps)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

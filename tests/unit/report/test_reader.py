@@ -126,7 +126,7 @@ def test_each_mutant_has_a_verdict(run: Any, field: str) -> None:
         line = changed(healthy, (field,), value)
         file.write_text("\n".join([json.dumps(healthy), line, json.dumps(recording)]))
         history = load([str(run.base)])
-        assert verdict(checks(history)).text.startswith("Not good")  # of the error in it
+        assert str(verdict(checks(history))).startswith("Not good")  # of the error in it
         assert len(history.sessions) + sum(history.unreadable.values()) in (2, 3)
 
 

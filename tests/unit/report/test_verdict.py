@@ -124,6 +124,14 @@ def test_a_step_without_any_route_is_no_good_answer(run: Any) -> None:
     assert "No row of layers 2-5 had routes at step 6." in answers(history)[REACHED].answer
 
 
+def test_hash_routed_layers_owe_no_replay(run: Any) -> None:
+    """Their experts follow from token ids: all rows live there, and the run is good."""
+    first, *others = run.stats(0).routers
+    counts = {"rows_replayed": 0, "rows_measured": 0, "rows_differing": 0, "experts_shared": 0}
+    hashed = dataclasses.replace(first, hash_routed=True, rows_live=72, **counts)
+    assert bad(run.trace([{"step": 0, "stats": ReplayStats((hashed, *others))}])) == set()
+
+
 def test_replay_that_reaches_mtp_is_a_bad_answer(run: Any) -> None:
     """One replayed row of an MTP router is enough; else the calls left alone are counted."""
     assert (
@@ -211,7 +219,7 @@ def test_a_bad_session_is_not_averaged_away(
         assert "on rank 3 only" in answer
     first = verdict(checks(history))
     assert not first.good
-    assert first.text.startswith(f"Not good. {RELATED} Hardly, in layers 2-5, step 3")
+    assert str(first).startswith(f"Not good. {RELATED} Hardly, in layers 2-5, step 3")
 
 
 @pytest.mark.parametrize("good", [True, False])
@@ -232,8 +240,8 @@ def test_the_first_line_and_the_exit_status_are_the_verdict(
 
 def test_what_nobody_looked_at_is_not_called_good_without_saying_so(run: Any) -> None:
     """Not measured: the verdict names what is unknown."""
-    text = verdict(checks(run.trace([{"kind": "record", "step": 0, "stats": run.stats(0)}]))).text
-    assert text.startswith("Good, as far as it was looked at. Unknown: Did every main router")
+    found = verdict(checks(run.trace([{"kind": "record", "step": 0, "stats": run.stats(0)}])))
+    assert str(found).startswith("Good, as far as was looked. Unknown: Did every main router")
 
 
 @pytest.mark.parametrize(("rows", "good"), [(1, None), (15, None), (16, False)])
