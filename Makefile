@@ -1,16 +1,22 @@
-# `make demo` and `make test` need `python3` (3.10 or newer), make and bash, and install the rest
-# under .venv. Further arguments of pip: PIP_FLAGS="--proxy ...".
+# Every target needs `python3` (3.10 or newer), make and bash, and installs the rest under .venv.
+# Further arguments of pip: PIP_FLAGS="--proxy ...".
 SHELL := bash
 PYTHON ?= python3
 
-.PHONY: demo test clean
+.PHONY: demo test lint unit clean
 
 demo:
-	@tools/venv.sh demo "$(PYTHON)" demo
-	@.venv/demo/bin/r3patch demo
+	@venv=$$(tools/venv.sh demo "$(PYTHON)") && $$venv/bin/r3patch demo
 
-test:
+test: # every check, with every suitable Python
 	@tools/test.sh
+
+lint: # the checks that run nothing
+	@venv=$$(tools/venv.sh dev "$(PYTHON)") && tools/lint.sh $$venv
+
+unit: # the loop of an editor: the quick tests, of the source tree as it is now
+	@venv=$$(tools/venv.sh dev "$(PYTHON)") && \
+	    PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $$venv/bin/pytest -q -m "not slow and not wheel" tests/unit
 
 clean:
 	rm -rf .venv

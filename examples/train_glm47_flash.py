@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -33,7 +35,7 @@ def arguments() -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def on_gpus(tensor: int, pipeline: int, expert: int):
+def on_gpus(tensor: int, pipeline: int, expert: int) -> Iterator[None]:
     """What `testing.megatron_on_cpu` does, as it is done on GPUs."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -60,7 +62,7 @@ def build(args: argparse.Namespace, seed: int) -> list[torch.nn.Module]:
     return [chunk.to(args.device).train() for chunk in chunks]
 
 
-def batches(args: argparse.Namespace, seed: int) -> list[dict]:
+def batches(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     made = testing.random_batches(num_microbatches=args.microbatches, seed=seed)
     return [{name: value.to(args.device) for name, value in batch.items()} for batch in made]
 
@@ -82,7 +84,7 @@ def train(args: argparse.Namespace) -> None:
 
 def show(step: int, losses: list[torch.Tensor], stats: r3patch.ReplayStats) -> None:
     """One line from each step, the stats of all stages merged."""
-    gathered: list = [None] * torch.distributed.get_world_size()
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, (stats, [float(loss) for loss in losses]))
     if torch.distributed.get_rank() != 0:
         return

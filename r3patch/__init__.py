@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from r3patch._config import CONFIG as _CONFIG
+from r3patch import _config
 from r3patch._errors import (
     ConfigError,
     R3PatchError,
@@ -53,7 +53,7 @@ from r3patch._errors import (
     UnsupportedRoutingError,
 )
 from r3patch._install import Status, TargetStatus, install, status, uninstall
-from r3patch.labels.layers import moe_layers
+from r3patch._layers import moe_layers
 from r3patch.labels.model import RouterInfo, label, routers, verify
 from r3patch.labels.scope import building, scope_of
 
@@ -136,5 +136,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if not _CONFIG.disable:
+if not _config.CONFIG.disable:
     install()

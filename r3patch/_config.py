@@ -1,14 +1,16 @@
 """The one reader of the environment: every ``R3PATCH_`` variable, its values and its default.
 
 Read once, at import, and strictly: a misspelt switch that is ignored would leave a run trained
-differently from what its owner asked for, without a word.
+differently from what its owner asked for, without a word. The rest of the package reads
+``_config.CONFIG`` at the time of use, so that `override` reaches everyone.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from r3patch._errors import ConfigError
@@ -140,3 +142,21 @@ def _value(variable: Variable, environ: Mapping[str, str]) -> Any:
 
 
 CONFIG = read(os.environ)
+
+
+@contextmanager
+def override(**fields: Any) -> Iterator[Config]:
+    """Other values for fields of `Config` inside the block, in the whole process.
+
+    For tests, and for the demo, which traces a part of itself.
+
+    Raises:
+        TypeError: `Config` has no such field.
+    """
+    global CONFIG
+    before = CONFIG
+    CONFIG = replace(before, **fields)
+    try:
+        yield CONFIG
+    finally:
+        CONFIG = before

@@ -197,7 +197,7 @@ def route_mismatch(a: Routes, b: Routes) -> RouteMismatch:
             "a.select(layers) and b.select(layers)."
         )
     b = b.select(a.layers)
-    valid = _valid(a) & _valid(b)
+    valid = a.mask & b.mask
     # Rotations instead of all pairs at once: no [num_tokens, num_layers, topk, topk] in memory.
     common = torch.zeros(valid.shape, dtype=torch.int16)
     for turn in range(a.topk):
@@ -264,7 +264,7 @@ def expert_load(routes: Routes, padding: Tensor | None = None) -> ExpertLoad:
             f"padding is {padding.dtype} {tuple(padding.shape)}, expected bool "
             f"({routes.num_tokens},): one flag per token."
         )
-    valid, is_padding = _valid(routes), padding.cpu().unsqueeze(1)
+    valid, is_padding = routes.mask, padding.cpu().unsqueeze(1)
     real, padded = _counts(routes, valid & ~is_padding), _counts(routes, valid & is_padding)
     return ExpertLoad(routes.layers, real, padded, (~valid).sum(0))
 
@@ -286,12 +286,6 @@ def _counts(routes: Routes, rows: Tensor) -> Tensor:
         for ids, kept in zip(experts, rows.unbind(1), strict=True)
     ]
     return torch.stack(counts) if counts else torch.zeros(0, routes.num_experts, dtype=torch.int64)
-
-
-def _valid(routes: Routes) -> Tensor:
-    if routes.valid is not None:
-        return routes.valid
-    return torch.ones(routes.experts.shape[:2], dtype=torch.bool)
 
 
 def _sums(columns: list[tuple[int, ...]]) -> tuple[int, ...]:

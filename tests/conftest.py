@@ -12,12 +12,15 @@ import importlib.util
 import operator
 import os
 import shutil
+from collections.abc import Generator
 from importlib import metadata
 
 import pytest
 
 for _name in [name for name in os.environ if name.startswith("R3PATCH_")]:
     del os.environ[_name]
+# Without it (Python 3.11) a child finds the source tree, in its working directory, first.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
 # Megatron's jit_fuser is torch.compile, which looks for a C++ compiler. test_compile.py unsets it.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,7 +41,7 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     absent = []
-    if not _has("module:megatron.core"):
+    if not _installed("megatron.core"):
         absent.append("megatron")
     if not any(map(shutil.which, BROWSERS)):
         absent.append("browser")
@@ -49,6 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if lacking:
         items[:] = [item for item in items if item not in lacking]
         config.hook.pytest_deselected(items=lacking)
+
+
+def _installed(module: str) -> bool:
+    """Without importing it: Megatron and torch take seconds that most unit tests need not wait."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the parent
+        return False
 
 
 def _has_features(item: pytest.Item) -> bool:
@@ -75,7 +86,9 @@ def _has(feature: str) -> bool:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     skipped = report.skipped and not hasattr(report, "wasxfail")
     if IN_CI and skipped and item.get_closest_marker("megatron"):
@@ -85,7 +98,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector):
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
     # A file that skips itself as a whole has no tests whose markers could be asked.
     if IN_CI and report.skipped:

@@ -12,111 +12,190 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
-from r3patch._config import CONFIG
-from r3patch.bridges import miles, native, slime, verl
+from r3patch import _config
+from r3patch.bridges import _miles_indexer, miles, native, slime, verl
+from r3patch.bridges._log import forget_logged, log_once
+from r3patch.labels import patch
 from r3patch.labels import scope as scopes
+from r3patch.labels.patch import TargetStatus
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["BridgeStatus", "install", "miles", "native", "slime", "status", "uninstall", "verl"]
+    from r3patch.bridges._contract import Bridge
 
-logger = logging.getLogger(__name__)
+__all__ = ["install", "miles", "native", "replaying", "slime", "status", "uninstall", "verl"]
 
-_BRIDGES = {"native": native, "miles": miles, "slime": slime, "verl": verl}
-_checked: dict[str, str] = {}  # the reason for which a bridge refuses its manager, "" for none
+_BRIDGES: dict[str, Bridge] = {"native": native, "miles": miles, "slime": slime, "verl": verl}
 
 
-class BridgeStatus(NamedTuple):
-    """One manager, and whether it is governed."""
+@dataclass
+class _Failure:
+    """What a bridge could not do since the last `uninstall`."""
 
-    name: str
-    state: str
-    """``pending`` (not imported), ``installed``, ``failed`` or ``disabled``."""
-    detail: str
+    error: str
+    """The first one."""
+    modules: int = 0
+    """Routers, or MTP layers whose attention was to be governed; each once."""
+    seen: WeakSet[Any] = field(default_factory=WeakSet)
+
+
+_failures: dict[str, _Failure] = {}
+_lock = threading.Lock()
 
 
 def install() -> None:
     """Govern routers from now on. Called by ``r3patch.install``; safe to call again."""
-    if _govern not in scopes.listeners:
+    if not _is_installed():
         scopes.listeners.append(_govern)
+        scopes.constructions.append(_govern_construction)
+        patch.reporters.append(_failed)
 
 
 def uninstall() -> None:
-    """Leave routers that are built from now on to their managers."""
-    if _govern in scopes.listeners:
+    """Leave routers that are built from now on to their managers, and forget what failed."""
+    if _is_installed():
         scopes.listeners.remove(_govern)
+        scopes.constructions.remove(_govern_construction)
+        patch.reporters.remove(_failed)
+    with _lock:
+        _failures.clear()
+    forget_logged()
 
 
-def status() -> list[BridgeStatus]:
-    """Every manager that r3patch knows."""
-    return [BridgeStatus(name, *_state(name)) for name in _BRIDGES]
+def status() -> tuple[TargetStatus, ...]:
+    """Every manager that r3patch knows, and whether it is governed.
+
+    ``pending``: the process has not imported it. ``installed``: it is governed. ``failed``: it has
+    a shape that r3patch does not know, or governing a router raised; others are governed still.
+    ``disabled``: by the environment or `uninstall`.
+    """
+    return tuple(TargetStatus(name, *_state(name)) for name in _BRIDGES)
 
 
-def driver(router: Any) -> str | None:
-    """The manager that replays or records on this router at the moment, governed or not."""
+def replaying(router: Any, replay: object) -> str | None:
+    """The manager that would replay or record if this router ran now, governed or not.
+
+    Changes nothing, and costs a few attribute reads while every manager rests: it can be asked at
+    every routing call.
+
+    Args:
+        router: a Megatron ``Router``.
+        replay: the ``router_replay`` that is the router's own; inside a session, what the session
+            has set aside.
+
+    Returns:
+        ``"native"``, ``"miles"``, ``"slime"``, ``"verl"`` or None.
+    """
     for name, bridge in _BRIDGES.items():
         manager = sys.modules.get(bridge.MODULE)
-        if manager is not None and not _reason(name, manager) and bridge.drives(router, manager):
+        if manager is None or _absent(bridge, manager):
+            continue
+        if bridge.is_replaying(router, replay, manager):
             return name
     return None
 
 
-def _state(name: str) -> tuple[str, str]:
-    module = _BRIDGES[name].MODULE
-    if name not in _enabled() or _govern not in scopes.listeners:
-        variable = "R3PATCH_NATIVE" if name == "native" else "R3PATCH_BRIDGES"
-        return "disabled", f"{variable}, or r3patch is not installed"
-    manager = sys.modules.get(module)
-    if manager is None:
-        return "pending", f"{module} is not imported"
-    reason = _reason(name, manager)
-    return ("failed", reason) if reason else ("installed", module)
-
-
-def _enabled() -> list[str]:
-    return (["native"] if CONFIG.native == "govern" else []) + list(CONFIG.bridges)
-
-
 def _govern(router: Any) -> None:
     """Called with each router that was given a label; may be called again."""
-    for name, manager in _managers():
-        try:
+    for name, manager in _governed():
+        with _keeping_errors(name, router):
             _BRIDGES[name].govern(router, scopes.scope_of(router), manager)
-        except Exception as error:  # a constructor of Megatron's must not fail by a bridge
-            _refuse(name, f"{type(error).__name__}: {error}")
 
 
-def _managers() -> Iterator[tuple[str, ModuleType]]:
+@contextmanager
+def _govern_construction(owner: Any, scope: str) -> Iterator[None]:
+    """Around an MTP constructor: miles registers attention layers, too, which have no label."""
+    known = _miles_indexer.streams(sys.modules.get(miles.MODULE))
+    yield
+    for name, manager in _governed():
+        if name == "miles" and scope == scopes.MTP:
+            with _keeping_errors(name, owner):
+                _miles_indexer.exclude(owner, known, manager)
+
+
+def _governed() -> Iterator[tuple[str, ModuleType]]:
     for name in _enabled():
-        manager = sys.modules.get(_BRIDGES[name].MODULE)
-        if manager is not None and not _reason(name, manager):
+        bridge = _BRIDGES[name]
+        manager = sys.modules.get(bridge.MODULE)
+        if manager is None:
+            continue
+        absent = _absent(bridge, manager)
+        if absent:
+            _warn(name, f"{bridge.MODULE} has no {', '.join(absent)}")
+        else:
+            log_once(f"r3patch governs {bridge.MODULE}", logging.INFO)
             yield name, manager
 
 
-def _reason(name: str, manager: ModuleType) -> str:
-    """Why the manager is left alone: a shape that the bridge does not know."""
-    if name not in _checked:
-        absent = [path for path in _BRIDGES[name].NEEDS if not _reaches(manager, path)]
-        if absent:
-            _refuse(name, f"{manager.__name__} has no {', '.join(absent)}")
-        else:
-            _checked[name] = ""
-            logger.info("r3patch governs %s", manager.__name__)
-    return _checked[name]
+@contextmanager
+def _keeping_errors(name: str, module: Any) -> Iterator[None]:
+    """A constructor of Megatron's must not fail by a bridge, nor a bridge in silence."""
+    try:
+        yield
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        with _lock:
+            failure = _failures.setdefault(name, _Failure(text))
+            failure.modules += module not in failure.seen
+            failure.seen.add(module)
+        _warn(name, text)
 
 
-def _refuse(name: str, reason: str) -> None:
-    _checked[name] = reason
-    logger.warning(
-        "r3patch does not govern %s: %s. Its registry may hold MTP routers; is this a version that "
-        "r3patch does not know?",
-        name,
-        reason,
+def _warn(name: str, reason: str) -> None:
+    log_once(
+        f"r3patch does not govern {name}: {reason}. Its registry may hold MTP routers; is this a "
+        "version that r3patch does not know?"
     )
+
+
+def _state(name: str) -> tuple[str, str]:
+    bridge = _BRIDGES[name]
+    if not _is_installed():
+        return "disabled", "r3patch is not installed"
+    if name not in _enabled():
+        return "disabled", f"by {_variable(name)}"
+    manager = sys.modules.get(bridge.MODULE)
+    if manager is None:
+        return "pending", f"{bridge.MODULE} is not imported"
+    absent, failure = _absent(bridge, manager), _failures.get(name)
+    leave = f"{_variable(name)} can turn the bridge off"
+    if absent:
+        return "failed", f"{bridge.MODULE} has no {', '.join(absent)}; {leave}"
+    if failure is not None:
+        return "failed", f"{failure.error} (on {failure.modules} module(s)); {leave}"
+    return "installed", bridge.MODULE
+
+
+def _failed() -> Iterator[TargetStatus]:
+    """What `r3patch.status` and `r3patch.verify` hear of: bridges that failed."""
+    for name, state, detail in status():
+        if state == "failed":
+            yield TargetStatus(f"bridge {name}", state, detail)
+
+
+def _is_installed() -> bool:
+    return _govern in scopes.listeners
+
+
+def _enabled() -> list[str]:
+    native_too = ["native"] if _config.CONFIG.native == "govern" else []
+    return [*native_too, *_config.CONFIG.bridges]
+
+
+def _variable(name: str) -> str:
+    return "R3PATCH_NATIVE" if name == "native" else "R3PATCH_BRIDGES"
+
+
+def _absent(bridge: Bridge, manager: ModuleType) -> list[str]:
+    return [path for path in bridge.NEEDS if not _reaches(manager, path)]
 
 
 def _reaches(manager: Any, path: str) -> bool:

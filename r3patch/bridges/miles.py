@@ -13,14 +13,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from r3patch.bridges._common import (
-    ManagerTap,
+from r3patch.bridges._attach import connect, disconnect
+from r3patch.bridges._shield import (
     Shield,
-    attach,
     drop_hooks,
     forget,
-    is_free,
-    is_main_again,
+    is_shielded,
+    uncover,
+    warn_unregistered,
 )
 from r3patch.labels.scope import MTP
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MODULE = "miles.utils.replay_base"
-NEEDS = (
+NEEDS: tuple[str, ...] = (
     "routing_replay_manager.register_to_module",
     "routing_replay_manager.get_topk_fn",
     "routing_replay_manager.replays",
@@ -40,37 +40,40 @@ ATTRIBUTE = "routing_replay"
 IDLE = "fallthrough"
 
 
-def govern(router: Any, scope: str, module: ModuleType) -> None:
-    manager = module.routing_replay_manager
+def govern(router: Any, scope: str, manager: ModuleType) -> None:
+    routing = manager.routing_replay_manager
     if scope == MTP:
-        _exclude(router, manager)
-    elif is_main_again(router, rest, "miles"):
-        return
-    elif manager.enabled and not _streams(router, manager) and is_free(router):
-        manager.register_to_module(router, ATTRIBUTE)
-        attach(router, ManagerTap(lambda topk: manager.get_topk_fn(topk, return_probs=True)))
+        remove_streams(router, routing)
+        disconnect(router)
+        Shield(rest, wake).cover(router)
+    elif is_shielded(router, rest):
+        uncover(router, rest)
+        warn_unregistered("miles")
+    elif routing.enabled and not streams(router, routing):
+        connect(
+            router,
+            lambda: routing.register_to_module(router, ATTRIBUTE),
+            lambda topk: routing.get_topk_fn(topk, return_probs=True),
+        )
 
 
-def drives(router: Any, module: ModuleType) -> bool:
-    manager = module.routing_replay_manager
-    return bool(manager.enabled and manager.stage != IDLE and _streams(router, manager))
+def is_replaying(router: Any, replay: object, manager: ModuleType) -> bool:
+    routing = manager.routing_replay_manager
+    return bool(routing.enabled and routing.stage != IDLE and streams(router, routing))
 
 
-def _streams(router: Any, manager: Any) -> dict[str, Any]:
-    """The attributes of the router that hold a stream of the manager: the fork chose the name."""
+def streams(module: Any, manager: Any) -> dict[str, Any]:
+    """The attributes of a module that hold a stream of the manager: who registers it names it."""
     known = {id(replay) for replay in manager.replays}
-    return {name: value for name, value in vars(router).items() if id(value) in known}
+    return {name: value for name, value in vars(module).items() if id(value) in known}
 
 
-def _exclude(router: Any, manager: Any) -> None:
-    for name, stream in _streams(router, manager).items():
+def remove_streams(module: Any, manager: Any) -> None:
+    """Make it as if the module had not been registered."""
+    for name, stream in streams(module, manager).items():
         forget(manager.replays, stream)
-        delattr(router, name)
-        drop_hooks(router, MODULE)
-    if isinstance(getattr(router, "router_replay", None), ManagerTap):
-        router.router_replay = None  # it was labelled "main" before
-
-    Shield(rest, wake).raise_for(router)
+        delattr(module, name)
+        drop_hooks(module, MODULE)
 
 
 def rest() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from r3patch.bridges._common import forget
+from r3patch.bridges._shield import forget
 from r3patch.labels.scope import MTP
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from r3patch.rows.routes import Routes
 
 MODULE = "megatron.core.transformer.moe.router_replay"
-NEEDS = ("RouterReplay.global_router_replay_instances",)
+NEEDS: tuple[str, ...] = ("RouterReplay.global_router_replay_instances",)
 
 
 def govern(router: Any, scope: str, manager: ModuleType) -> None:
@@ -30,9 +30,9 @@ def govern(router: Any, scope: str, manager: ModuleType) -> None:
         router.router_replay = None
 
 
-def drives(router: Any, manager: ModuleType) -> bool:
-    replay = getattr(router, "router_replay", None)
-    return isinstance(replay, manager.RouterReplay) and replay.router_replay_action is not None
+def is_replaying(router: Any, replay: object, manager: ModuleType) -> bool:
+    action = getattr(replay, "router_replay_action", None)
+    return isinstance(replay, manager.RouterReplay) and action is not None
 
 
 def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "error") -> None:
@@ -49,27 +49,40 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
 
     Raises:
         RoutesError: the routes do not fit the model, or have invalid rows under ``"error"``.
-        ReplayError: a main router has no native instance.
+        ReplayError: a main router has no native instance, or one that no global action reaches
+            and that has no action of its own: somebody cleared Megatron's list.
     """
-    import torch
-
     from r3patch._errors import ReplayError
-    from r3patch.labels.model import routers
-    from r3patch.labels.scope import MAIN
-    from r3patch.sessions._stream import Microbatch, layer_of
-    from r3patch.sessions.manager import check_routes
+    from r3patch.labels.model import main_routers
+    from r3patch.rows.fit import check_fit
+    from r3patch.rows.spread import spread_missing
 
-    infos = routers(model, MAIN)
-    check_routes(routes, infos, "drive()", missing="error" if missing == "error" else "live")
-    bare = [i.name for i in infos if not hasattr(i.module.router_replay, "set_target_indices")]
-    if bare or not infos:
+    routers = main_routers(model)
+    check_fit(routes, routers, "drive()", missing=missing)
+    bare = [r.name for r in routers if not hasattr(r.module.router_replay, "set_target_indices")]
+    if bare or not routers:
         raise ReplayError(
             f"{bare or 'the model'} has no RouterReplay to drive. Build the model with "
             "moe_enable_routing_replay=True (megatron-core 0.16 and newer)."
         )
-    layers = sorted({layer_of(info) for info in infos})
-    microbatch = Microbatch(routes, layers, spread=missing == "spread")
-    for info in infos:
-        rows = microbatch.rows[microbatch.column(layer_of(info)).index]
-        device = info.module.weight.device
-        info.module.router_replay.set_target_indices(rows.to(device, torch.int64))
+    lost = [router.name for router in routers if _is_out_of_reach(router.module.router_replay)]
+    if lost:
+        raise ReplayError(
+            f"the RouterReplay of {', '.join(lost)} is not in Megatron's global list, so that no "
+            "global action reaches it: clear_global_router_replay_instances() was called after the "
+            "model was built, as it is once a reference model has been built. Set the action on "
+            "the instances, router.router_replay.set_router_replay_action(action), before drive(); "
+            "or append them to RouterReplay.global_router_replay_instances."
+        )
+    for router in routers:
+        column = routes.select([router.layer_number])
+        ids = column.experts.permute(1, 0, 2).long()  # a copy, [1, num_tokens, topk]
+        if column.valid is not None:
+            gaps = (~column.valid[:, 0]).nonzero().squeeze(1)
+            spread_missing(ids, [gaps], [router.num_experts])
+        router.module.router_replay.set_target_indices(ids[0].to(router.module.weight.device))
+
+
+def _is_out_of_reach(replay: Any) -> bool:
+    listed = any(known is replay for known in type(replay).global_router_replay_instances)
+    return not listed and replay.router_replay_action is None

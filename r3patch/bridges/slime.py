@@ -12,14 +12,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from r3patch.bridges._common import (
-    ManagerTap,
+from r3patch.bridges._attach import connect, disconnect
+from r3patch.bridges._shield import (
     Shield,
-    attach,
     drop_hooks,
     forget,
-    is_free,
-    is_main_again,
+    is_shielded,
+    uncover,
+    warn_unregistered,
 )
 from r3patch.labels.scope import MTP
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MODULE = "slime.utils.routing_replay"
-NEEDS = (
+NEEDS: tuple[str, ...] = (
     "register_routing_replay",
     "get_routing_replay_compute_topk",
     "RoutingReplay.all_routing_replays",
@@ -36,33 +36,40 @@ ATTRIBUTE = "routing_replay"
 ENABLE, STAGE, IDLE = "ENABLE_ROUTING_REPLAY", "ROUTING_REPLAY_STAGE", "fallthrough"
 
 
-def govern(router: Any, scope: str, module: ModuleType) -> None:
+def govern(router: Any, scope: str, manager: ModuleType) -> None:
     if scope == MTP:
-        _exclude(router, module)
-    elif is_main_again(router, rest, "slime"):
-        return
-    elif _enabled() and not hasattr(router, ATTRIBUTE) and is_free(router):
-        module.register_routing_replay(router)
-        attach(router, ManagerTap(module.get_routing_replay_compute_topk))
+        _exclude(router, manager)
+    elif is_shielded(router, rest):
+        uncover(router, rest)
+        warn_unregistered("slime")
+    elif _is_enabled() and not _has_stream(router, manager):
+        connect(
+            router,
+            lambda: manager.register_routing_replay(router),
+            manager.get_routing_replay_compute_topk,
+        )
 
 
-def drives(router: Any, module: ModuleType) -> bool:
-    return _enabled() and os.environ.get(STAGE, IDLE) != IDLE and hasattr(router, ATTRIBUTE)
+def is_replaying(router: Any, replay: object, manager: ModuleType) -> bool:
+    is_active = _is_enabled() and os.environ.get(STAGE, IDLE) != IDLE
+    return is_active and _has_stream(router, manager)
 
 
-def _enabled() -> bool:
+def _is_enabled() -> bool:
     return os.environ.get(ENABLE, "0") == "1"
 
 
-def _exclude(router: Any, module: ModuleType) -> None:
-    stream = vars(router).pop(ATTRIBUTE, None)
-    if stream is not None:
-        forget(module.RoutingReplay.all_routing_replays, stream)
-        drop_hooks(router, MODULE)
-    if isinstance(getattr(router, "router_replay", None), ManagerTap):
-        router.router_replay = None  # it was labelled "main" before
+def _has_stream(router: Any, manager: ModuleType) -> bool:
+    # miles keeps its streams under the same name.
+    return isinstance(vars(router).get(ATTRIBUTE), manager.RoutingReplay)
 
-    Shield(rest, wake).raise_for(router)
+
+def _exclude(router: Any, manager: ModuleType) -> None:
+    if _has_stream(router, manager):
+        forget(manager.RoutingReplay.all_routing_replays, vars(router).pop(ATTRIBUTE))
+        drop_hooks(router, MODULE)
+    disconnect(router)
+    Shield(rest, wake).cover(router)
 
 
 def rest() -> str | None:

@@ -10,45 +10,51 @@ Source: verl/utils/megatron/router_replay_patch.py, 2026.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from r3patch.bridges._common import forget, warn_unregistered
+from r3patch.bridges._shield import forget, warn_unregistered
 from r3patch.labels.scope import MTP
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 MODULE = "verl.utils.megatron.router_replay_patch"
-NEEDS = ("RouterReplay.router_instances", "apply_router_replay_patch")
+NEEDS: tuple[str, ...] = ("RouterReplay.router_instances", "apply_router_replay_patch")
 _ROUTER = "megatron.core.transformer.moe.router"
 _OWN = "r3patch_own_router"
 
 
-def govern(router: Any, scope: str, module: ModuleType) -> None:
-    if scope != MTP:
-        if getattr(vars(router).get("routing"), "__module__", "") == _OWN:
-            del router.routing  # it was labelled "mtp" before
-            warn_unregistered("verl")
-        return
+def govern(router: Any, scope: str, manager: ModuleType) -> None:
+    if scope == MTP:
+        _exclude(router, manager)
+    elif _routes_by_own(router):  # it was labelled "mtp" before
+        del router.routing
+        warn_unregistered("verl")
+
+
+def is_replaying(router: Any, replay: object, manager: ModuleType) -> bool:
+    action = getattr(replay, "router_replay_action", None)
+    return isinstance(replay, manager.RouterReplay) and action is not None
+
+
+def _exclude(router: Any, manager: ModuleType) -> None:
     replay = getattr(router, "router_replay", None)
-    if isinstance(replay, module.RouterReplay):
-        forget(module.RouterReplay.router_instances, replay)
+    if isinstance(replay, manager.RouterReplay):
+        forget(manager.RouterReplay.router_instances, replay)
         router.router_replay = None
-    if getattr(type(router).routing, "__module__", _ROUTER) == MODULE:
-        router.routing = types.MethodType(_own_routing(), router)
+    is_patched = getattr(type(router).routing, "__module__", _ROUTER) == MODULE
+    if is_patched and not _routes_by_own(router):
+        router.routing = types.MethodType(own_routing(), router)
 
 
-def drives(router: Any, module: ModuleType) -> bool:
-    replay = getattr(router, "router_replay", None)
-    return isinstance(replay, module.RouterReplay) and replay.router_replay_action is not None
+def _routes_by_own(router: Any) -> bool:
+    return getattr(vars(router).get("routing"), "__module__", "") == _OWN
 
 
-@functools.cache
-def _own_routing() -> Any:
+def own_routing() -> Any:
     """``TopKRouter.routing`` as Megatron wrote it: from its file, for verl keeps no original."""
     path = sys.modules[_ROUTER].__file__
     spec = importlib.util.spec_from_file_location(_OWN, path)

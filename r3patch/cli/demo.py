@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +87,10 @@ def _experiment(args: argparse.Namespace, out: Console, trace: Path) -> dict[str
         rollout = _rollout(model, progress.track(batches, description="rollout in bf16"))
         steps = {}
         for way in progress.track(WAYS, description="policy step, three ways"):
-            with _traced(trace) if way == WAYS[1] else nullcontext():
+            traced = _config.override(trace=str(trace)) if way == WAYS[1] else nullcontext()
+            with traced:
                 steps[way] = _policy_step(model, batches, rollout, way)
     return steps
-
-
-@contextmanager
-def _traced(path: Path) -> Iterator[None]:
-    """R3PATCH_TRACE for a part of the process."""
-    before = _config.CONFIG
-    _config.CONFIG = replace(before, trace=str(path))
-    try:
-        yield
-    finally:
-        _config.CONFIG = before
 
 
 def _texts(seed: int) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:

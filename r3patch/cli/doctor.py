@@ -95,6 +95,8 @@ def examine(model: str | None = None, *, cpu: bool = False) -> Examination:
     _examine_megatron(seen)
     _examine_versions(seen)
     for name, state, detail in r3patch.status().targets:
+        if name.startswith("bridge "):
+            continue  # bridges are below, also those that are well
         seen.targets.append({"name": name, "state": state, "detail": detail})
         if state != "installed":
             seen.find("error", name, f"{state}: {detail}" if detail else state)
@@ -178,7 +180,7 @@ def _examine_model(seen: Examination, spec: str, cpu: bool) -> None:
         verify(model)
     except R3PatchError as error:
         seen.find("error", type(error).__name__, error)
-    for problem in _preflight.problems(model):
+    for problem in _preflight.problems(infos):
         seen.find(problem.level, f"{problem.name}: {problem.setting}", problem.text)
 
 

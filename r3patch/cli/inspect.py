@@ -53,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
 def load(path: str, args: argparse.Namespace) -> Routes:
     """Routes from a file of any kind that `add_arguments` names, told apart by content."""
     from r3patch.rows.decode import decode
+    from r3patch.rows.files import is_one
     from r3patch.rows.routes import Routes
 
     data = Path(path).read_bytes()
-    if data[:2] == b"PK":  # a zip archive, which torch.save writes
+    if is_one(data):
         return Routes.load(path)
     if data.startswith(b'{"schema":'):
         raise R3PatchError(f"{path} is a trace and holds no routes: r3patch report {path}")
@@ -123,10 +124,7 @@ def suspicions(routes: Routes) -> Iterator[tuple[int, str]]:
 
 def _valid_rows(routes: Routes, column: int) -> Tensor:
     """``[num_valid, topk]``, ids ascending."""
-    rows = routes.experts[:, column]
-    if routes.valid is not None:
-        rows = rows[routes.valid[:, column]]
-    return rows.sort(-1).values
+    return routes.experts[:, column][routes.mask[:, column]].sort(-1).values
 
 
 def _same_column(routes: Routes, a: int, b: int) -> bool:

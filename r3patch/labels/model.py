@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from r3patch._errors import ScopeConflictError, UnlabelledRouterError, UnsupportedMegatronError
 from r3patch.labels import patch
@@ -44,11 +44,47 @@ class RouterInfo:
     """1-based. Global over pipeline stages for main routers; an MTP router's may be anything."""
 
 
+@dataclass(frozen=True)
+class MainRouter:
+    """A router of the main model, as it was when a session or a bridge looked at it.
+
+    One reading of its settings, for everybody: what routes must fit, and what a tap works with.
+    """
+
+    info: RouterInfo
+    layer_number: int
+    topk: int
+    num_experts: int
+    """Of this layer: pruned models have layers with fewer experts than their config says."""
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def module(self) -> Any:
+        return self.info.module
+
+    @classmethod
+    def of(cls, info: RouterInfo) -> MainRouter:
+        """Read the settings of a router that `verify` has passed."""
+        router = info.module
+        assert info.layer_number is not None  # verify() refuses main routers without one
+        # The number of rows of the gate is what routes; a pruned layer's config may be the model's.
+        weight = getattr(router, "weight", None)
+        experts = router.config.num_moe_experts if weight is None else weight.shape[0]
+        topk = getattr(router, "topk", None) or router.config.moe_router_topk
+        return cls(info, info.layer_number, int(topk), int(experts))
+
+
 @dataclass
-class _Found:
+class Found:
+    """A router of a model, and the way to it."""
+
     name: str
     module: Any
-    chunk: int
+    chunks: list[int]
+    """The chunks that it is a part of: one, unless it is shared."""
     in_mtp: bool
     """Every path to it leads through an MTP module. A shared decoder layer has another path."""
 
@@ -89,7 +125,7 @@ def routers(model: Model, scope: str | None = None) -> list[RouterInfo]:
     Raises:
         UnlabelledRouterError: with `scope`, if a router has no label.
     """
-    found = _find(model)
+    found = find(model)
     if scope is None:
         return [router.info for router in found]
     scopes.checked(scope)
@@ -107,7 +143,7 @@ def label(model: Model, scope: str | None = None) -> list[RouterInfo]:
             or with a true ``is_mtp_layer``, become ``"mtp"``; others keep the label they have, or
             become ``"main"``.
     """
-    found = _find(model)
+    found = find(model)
     if scope is not None:
         scopes.checked(scope)
     for router in found:
@@ -127,41 +163,78 @@ def verify(model: Model) -> list[RouterInfo]:
             two main routers of a chunk have one layer number; or the layer number of a main
             router is not one of the model's.
     """
+    found = find(model)
+    check(found)
+    return [router.info for router in found]
+
+
+def check(found: list[Found]) -> None:
+    """`verify`, for routers that were found already."""
     _refuse_failed_targets()
-    found = _find(model)
     _refuse_unlabelled(found)
     main = [router for router in found if router.info.scope == MAIN]
     _refuse_mislabelled([router for router in main if router.is_mtp])
     _refuse_foreign_numbers(main)
     _refuse_shared_numbers(main)
-    return [router.info for router in found]
 
 
-def _find(model: Model) -> list[_Found]:
+def main_routers(model: Model) -> list[MainRouter]:
+    """The routers with label "main", with the settings that routes must fit.
+
+    Raises:
+        UnlabelledRouterError: a router has no label.
+    """
+    return [MainRouter.of(info) for info in routers(model, MAIN)]
+
+
+def find(model: Model) -> list[Found]:
+    """The routers of a model in the order of its modules, by one walk over its modules."""
     parts = chunks(model)
-    found: dict[int, _Found] = {}
-    seen: set[tuple[int, bool]] = set()
-
-    def visit(module: Any, path: tuple[str, ...], chunk: int, in_mtp: bool) -> None:
-        kind = _kind(type(module))  # type: ignore[arg-type]  # mypy: "type is not hashable"
-        in_mtp = in_mtp or kind == MTP
-        if (id(module), in_mtp) in seen:
-            return
-        seen.add((id(module), in_mtp))
-        if kind == _ROUTER:
-            name = ".".join(path)
-            router = found.setdefault(id(module), _Found(name, module, chunk, in_mtp))
-            if router.in_mtp and not in_mtp:
-                router.name, router.chunk, router.in_mtp = name, chunk, False
-        for name, child in module.named_children():
-            visit(child, (*path, name), chunk, in_mtp)
-
+    found: dict[int, Found] = {}
     for index, part in enumerate(parts):
-        visit(part, (f"chunk{index}",) if len(parts) > 1 else (), index, False)
+        seen: set[tuple[int, bool]] = set()
+        # A name is put together only where a router is found: the links lead back to the chunk.
+        stack: list[tuple[Any, bool, _Link | None]] = [
+            (part, False, _Link(f"chunk{index}", None) if len(parts) > 1 else None)
+        ]
+        while stack:
+            module, in_mtp, link = stack.pop()
+            kind = _kind(type(module))  # type: ignore[arg-type]  # mypy: "type is not hashable"
+            in_mtp = in_mtp or kind == MTP
+            if (id(module), in_mtp) in seen:
+                continue
+            seen.add((id(module), in_mtp))
+            if kind == _ROUTER:
+                _note(found, module, index, in_mtp, link)
+            children = module._modules
+            for name in reversed(children):
+                child = children[name]
+                if child is not None and (child._modules or _kind(type(child))):  # type: ignore[arg-type]
+                    stack.append((child, in_mtp, _Link(name, link)))
     return list(found.values())
 
 
-@cache  # a session walks the model at every step
+class _Link(NamedTuple):
+    name: str
+    parent: _Link | None
+
+    def path(self) -> str:
+        return self.name if self.parent is None else f"{self.parent.path()}.{self.name}"
+
+
+def _note(
+    found: dict[int, Found], module: Any, chunk: int, in_mtp: bool, link: _Link | None
+) -> None:
+    name = "" if link is None else link.path()
+    router = found.setdefault(id(module), Found(name, module, [], in_mtp))
+    if chunk not in router.chunks:
+        router.chunks.append(chunk)
+    if router.in_mtp and not in_mtp:
+        router.name, router.in_mtp = name, False
+        router.chunks.sort(key=lambda other: other != chunk)  # the one that it belongs to first
+
+
+@cache
 def _kind(cls: type) -> str | None:
     names = ((base.__module__, base.__qualname__) for base in cls.__mro__)
     return next((_KINDS[name] for name in names if name in _KINDS), None)
@@ -177,7 +250,7 @@ def _refuse_failed_targets() -> None:
         )
 
 
-def _refuse_unlabelled(found: list[_Found]) -> None:
+def _refuse_unlabelled(found: list[Found]) -> None:
     bare = [router for router in found if router.info.scope not in scopes.SCOPES]
     if bare:
         raise UnlabelledRouterError(
@@ -187,7 +260,7 @@ def _refuse_unlabelled(found: list[_Found]) -> None:
         )
 
 
-def _refuse_mislabelled(routers: list[_Found]) -> None:
+def _refuse_mislabelled(routers: list[Found]) -> None:
     if routers:
         raise ScopeConflictError(
             f"labelled 'main', but part of an MTP module or flagged is_mtp_layer: {_names(routers)}"
@@ -196,7 +269,7 @@ def _refuse_mislabelled(routers: list[_Found]) -> None:
         )
 
 
-def _refuse_foreign_numbers(main: list[_Found]) -> None:
+def _refuse_foreign_numbers(main: list[Found]) -> None:
     wrong = [router for router in main if not _is_own_number(router.module)]
     if wrong:
         router = wrong[0].module
@@ -207,10 +280,10 @@ def _refuse_foreign_numbers(main: list[_Found]) -> None:
         )
 
 
-def _refuse_shared_numbers(main: list[_Found]) -> None:
-    by_number: dict[tuple[int, int | None], list[_Found]] = defaultdict(list)
+def _refuse_shared_numbers(main: list[Found]) -> None:
+    by_number: dict[tuple[int, int | None], list[Found]] = defaultdict(list)
     for router in main:
-        by_number[router.chunk, router.info.layer_number].append(router)
+        by_number[router.chunks[0], router.info.layer_number].append(router)
     for twins in by_number.values():
         if len(twins) > 1:
             raise ScopeConflictError(
@@ -229,7 +302,7 @@ def _num_layers(router: Any) -> int | None:
     return getattr(getattr(router, "config", None), "num_layers", None)
 
 
-def _names(found: list[_Found], *, numbers: bool = False, limit: int = 8) -> str:
+def _names(found: list[Found], *, numbers: bool = False, limit: int = 8) -> str:
     infos = [router.info for router in found[:limit]]
     names = [f"{i.name} (layer {i.layer_number})" if numbers else i.name for i in infos]
     if len(found) > limit:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import wrapt
 
-from r3patch._config import CONFIG
+from r3patch import _config
 from r3patch._errors import UnsupportedMegatronError
 from r3patch.labels import scope as scopes
 from r3patch.labels.targets import TARGETS, Target, megatron_version
@@ -43,6 +43,9 @@ class _Patch(NamedTuple):
     owner: Any
     wrapper: Any
 
+
+#: Asked by `status` for what else failed, so that labels need not know who else patches.
+reporters: list[Callable[[], Iterable[TargetStatus]]] = []
 
 _lock = threading.RLock()
 _active = False
@@ -72,7 +75,7 @@ def uninstall() -> None:
 
 
 def status() -> tuple[TargetStatus, ...]:
-    """The state of every target as it is now, and every import hook that failed."""
+    """The state of every target as it is now, and whatever else failed: import hooks, bridges."""
     with _lock:
         targets = [_status_of(target) for target in TARGETS]
         own = {target.name for target in TARGETS}
@@ -81,7 +84,8 @@ def status() -> tuple[TargetStatus, ...]:
             for name, reason in _failures.items()
             if name not in own
         ]
-        return (*targets, *hooks)
+    others = [failed for report in tuple(reporters) for failed in report()]
+    return (*targets, *hooks, *others)
 
 
 def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:
@@ -183,7 +187,7 @@ def _status_of(target: Target) -> TargetStatus:
             return TargetStatus(
                 target.name, "buried", "below somebody else's wrapper; ours calls straight through"
             )
-        why = "R3PATCH_DISABLE=1" if CONFIG.disable else "uninstalled"
+        why = "R3PATCH_DISABLE=1" if _config.CONFIG.disable else "uninstalled"
         return TargetStatus(target.name, "disabled", why)
     if module is None:
         return TargetStatus(target.name, "pending", "its module is not imported yet")

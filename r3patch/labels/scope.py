@@ -8,7 +8,7 @@ instance, so it survives deepcopy, pickle and spawn, and costs nothing at run ti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,10 @@ ATTRIBUTE = "r3_scope"
 #: Called with a router each time it is given a label: at the end of its constructor, and again
 #: if it is relabelled. What a listener does must be safe to do twice.
 listeners: list[Callable[[nn.Module], None]] = []
+
+#: Entered around each constructor that opens a scope, with what it builds and the scope. What
+#: follows the `yield` of one is not run if the constructor raises.
+constructions: list[Callable[[nn.Module, str], AbstractContextManager[None]]] = []
 
 _open: ContextVar[str | None] = ContextVar("r3patch_scope", default=None)
 
@@ -78,8 +82,11 @@ def constructing(owner: nn.Module, scope: str) -> Iterator[None]:
     births: list[nn.Module] = []
     _unscoped_births[id(births)] = births
     try:
-        with building(scope):
-            yield
+        with ExitStack() as around:
+            for construction in tuple(constructions):
+                around.enter_context(construction(owner, scope))
+            with building(scope):
+                yield
     finally:
         del _unscoped_births[id(births)]
     if births:

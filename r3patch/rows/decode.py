@@ -7,40 +7,39 @@ rest: the dtype, the wrapping, and whether the layer axis counts all layers or M
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import logging
-import math
-import sys
-from collections.abc import Iterable, Mapping
-from numbers import Integral
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from r3patch._errors import RoutesError
-from r3patch.rows.routes import Routes, check_layers, check_sizes, narrow, signed, stored_dtype
+from r3patch._errors import RoutesError, UnsupportedRoutingError
+from r3patch._layers import Sizes, sizes
+from r3patch.rows.arrays import as_tokens, foreign, integer, signed
+from r3patch.rows.checks import check_layers, check_sizes, narrow, stored_dtype
+from r3patch.rows.payloads import read
+from r3patch.rows.routes import Routes
 
 logger = logging.getLogger(__name__)
 
-_NPY_MAGIC = b"\x93NUMPY"
-_NEMO_MAGIC = "nrlre1:"
-_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")
 # Two neighbours can share a row by chance in a shallow model; stale buffers repeat one for long.
 _SUSPICIOUS_RUN = 16
 # With topk 1 a single zero is a legal row; a column of this many is not.
-_SUSPICIOUS_ZEROS = 64
+SUSPICIOUS_ZEROS = 64
+# Far above any model: a count of tokens given as num_layers must not build a tuple of its length.
+_MOST_LAYERS = 1 << 16
 
 
 def decode(
     payload: Any,
     *,
-    num_tokens: int,
-    num_experts: int,
-    topk: int,
-    num_layers: int,
+    tokens: Any = None,
+    num_tokens: int | None = None,
+    config: Any = None,
+    num_experts: int | None = None,
+    topk: int | None = None,
+    num_layers: int | None = None,
     moe_layers: Iterable[int] | None = None,
     start: int = 0,
     on_bad_rows: Literal["error", "invalid"] = "error",
@@ -56,12 +55,18 @@ def decode(
 
     Args:
         payload: what the engine returned.
-        num_tokens: prompt and response tokens together, exactly those the engine saw.
+        tokens: ``[num_tokens]`` ids of prompt and response together, exactly those that the
+            engine was fed and sampled, not the trainer's own tokenization. They stay with the
+            rows, and a session compares them with what the model is fed.
+        num_tokens: how many they are, where the ids are not at hand: one of the two.
+        config: of Megatron or Hugging Face, as `moe_layers` takes it. It says the four sizes that
+            follow; one that is given as well counts more.
         num_experts: routed experts per MoE layer, without redundant copies.
         topk: experts per token.
         num_layers: decoder layers of the model, dense ones included and MTP layers not.
         moe_layers: ascending 1-based numbers of the MoE layers, ``r3patch.moe_layers(config)``;
-            None says that all layers are. Leave out layers that are routed by token id (hash).
+            None without a config says that all layers are. Leave out layers that are routed by
+            token id (hash).
         start: the offset that the request asked for. Rows before it come out invalid. A server
             that ignored it and sent all rows is recognised by the count.
         on_bad_rows: ``"error"``, or ``"invalid"`` to mark bad rows, log a warning and count them
@@ -78,13 +83,16 @@ def decode(
     if on_bad_rows not in ("error", "invalid"):
         raise RoutesError(f'on_bad_rows is {on_bad_rows!r}, expected "error" or "invalid".')
     try:
-        check_sizes(topk, num_experts)
-        layers = _check_moe_layers(num_layers, moe_layers)
-        sent, stated = _read(payload)
-        first = _first_token(sent, stated, num_tokens, num_layers * topk, start)
-        wide = _shape(sent, num_layers, topk)[: max(0, num_tokens - 1 - first)]
-        columns = _columns(wide.shape[1], num_layers, layers)
-        routes, trouble = _place_rows(wide, columns, first, num_tokens, layers, num_experts)
+        model = model_sizes(
+            config, num_experts=num_experts, topk=topk, num_layers=num_layers, moe_layers=moe_layers
+        )
+        ids, num_tokens = count_tokens(tokens, num_tokens)
+        sent, stated = read(payload)
+        first = _first_token(sent, stated, num_tokens, model, start)
+        wide = _shape(sent, model)[: max(0, num_tokens - 1 - first)]
+        columns = _columns(wide.shape[1], model)
+        routes, trouble = _place_rows(wide, columns, first, num_tokens, model)
+        routes.tokens = ids
         if trouble and on_bad_rows == "error":
             raise RoutesError(trouble)
     except RoutesError as error:
@@ -100,13 +108,14 @@ def _place_rows(
     columns: slice | Tensor,
     first: int,
     num_tokens: int,
-    layers: tuple[int, ...],
-    num_experts: int,
+    model: Sizes,
 ) -> tuple[Routes, str | None]:
     """The routes, with rows that cannot be routes marked invalid, and what is wrong with those."""
+    layers, num_experts = model.moe_layers, model.num_experts
     shape = (num_tokens, len(layers), wide.shape[2])
-    experts = torch.zeros(shape, dtype=stored_dtype(num_experts))
-    valid = torch.zeros(shape[:2], dtype=torch.bool)
+    with foreign(f"no memory for rows of shape {shape}"):
+        experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
+        valid = torch.zeros(shape[:2], dtype=torch.bool, device="cpu")
     rows = slice(first, first + wide.shape[0])
     unfit = narrow(wide, experts[rows], num_experts, columns)
     if wide.shape[2] == 1 and num_experts > 1:
@@ -135,7 +144,7 @@ class _BadRows(NamedTuple):
     def among(cls, unfit: Tensor, wide: Tensor, columns: slice | Tensor) -> _BadRows:
         """The unfit rows but for those of -1, which is how engines say "missing"."""
         tokens, places = unfit.nonzero().unbind(1)
-        sent = torch.arange(wide.shape[1])[columns][places]
+        sent = torch.arange(wide.shape[1], device="cpu")[columns][places]
         ids = signed(wide)[tokens, sent].to(torch.int64)
         kept = ~(ids == -1).all(-1)
         return cls(tokens[kept], places[kept], ids[kept])
@@ -156,7 +165,7 @@ class _BadRows(NamedTuple):
         elif zero[0]:
             cause = (
                 "A row of zeros was never captured: prefill/decode disaggregation without a "
-                "merge of both answers, or n-gram speculation."
+                "merge of both answers, n-gram speculation, or the prompt of a hybrid model."
             )
         elif (ids >= num_experts).any():
             cause = (
@@ -175,9 +184,35 @@ class _BadRows(NamedTuple):
         )
 
 
+def count_tokens(tokens: Any, num_tokens: int | None) -> tuple[Tensor | None, int]:
+    """The token ids, if they are given, and how many they are."""
+    if (tokens is None) == (num_tokens is None):
+        raise RoutesError("give the sample's token ids, tokens=, or else num_tokens=: one of both.")
+    if tokens is None:
+        return None, integer(num_tokens, "num_tokens", 0)
+    ids = as_tokens(tokens, "tokens")
+    return ids, ids.numel()
+
+
+def model_sizes(config: Any, **given: Any) -> Sizes:
+    """The sizes that a config says and those that are given, checked; the given ones count more."""
+    known: dict[str, Any] = {}
+    if config is not None:
+        try:
+            known = sizes(config)._asdict()
+        except UnsupportedRoutingError as error:
+            raise RoutesError(f"config: {error}") from error
+    known |= {name: value for name, value in given.items() if value is not None}
+    for name in ("num_experts", "topk", "num_layers"):
+        if name not in known:
+            raise RoutesError(f"{name} is not given: give it, or config=.")
+    topk, num_experts = check_sizes(known["topk"], known["num_experts"])
+    num_layers = integer(known["num_layers"], "num_layers", 1, _MOST_LAYERS)
+    layers = _check_moe_layers(num_layers, known.get("moe_layers"))
+    return Sizes(num_layers, num_experts, topk, layers)
+
+
 def _check_moe_layers(num_layers: int, moe_layers: Iterable[int] | None) -> tuple[int, ...]:
-    if num_layers < 1:
-        raise RoutesError(f"num_layers is {num_layers}, expected 1 or more.")
     if moe_layers is None:
         return tuple(range(1, num_layers + 1))
     layers = check_layers(moe_layers)
@@ -189,18 +224,19 @@ def _check_moe_layers(num_layers: int, moe_layers: Iterable[int] | None) -> tupl
 
 
 def _first_token(
-    sent: Tensor, stated: int | None, num_tokens: int, ids_per_row: int, start: int
+    sent: Tensor, stated: int | None, num_tokens: int, model: Sizes, start: int
 ) -> int:
     """The token of the first row, by the number of rows; any other number is an error."""
-    first = start if stated is None else stated
     fed = max(0, num_tokens - 1)
-    if num_tokens < 0 or not isinstance(first, Integral) or not 0 <= first <= fed:
-        raise RoutesError(f"start is {first!r} with {num_tokens} tokens, expected 0 to {fed}.")
+    stating = start if stated is None else stated
+    first = integer(stating, "start", 0, fed, context=f" with {num_tokens} tokens")
     flat = sent.dim() == 1
+    ids_per_row = model.num_layers * model.topk
     if flat and sent.numel() % ids_per_row:
         raise RoutesError(
             f"{sent.numel()} ids are not rows of num_layers x topk = {ids_per_row} ids: "
             "the payload is truncated, or num_layers, topk or the dtype is wrong."
+            + _other_width(sent, fed - first, model)
         )
     rows = sent.numel() // ids_per_row if flat else sent.shape[0]
     if rows == fed - first:
@@ -213,28 +249,45 @@ def _first_token(
         return first
     raise RoutesError(
         f"the payload has {rows} rows, expected {fed - first}: {num_tokens} tokens, less the last, "
-        f"which is never fed, less start={first}. Pass the tokens that the engine saw: as it "
-        "tokenized them, image tokens expanded, stop tokens included."
+        f"which is never fed, less start={first}."
+        + (_other_width(sent, fed - first, model) or _other_count(rows, fed, first))
+        + " Pass the tokens that the engine saw: as it tokenized them, image tokens expanded, stop "
+        "tokens included."
     )
 
 
-def _shape(sent: Tensor, num_layers: int, topk: int) -> Tensor:
+def _other_width(sent: Tensor, rows: int, model: Sizes) -> str:
+    """A number of layers with which a flat payload would have the expected rows."""
+    if sent.dim() > 1 or not rows or not sent.numel() or sent.numel() % (rows * model.topk):
+        return ""
+    return f" With num_layers={sent.numel() // (rows * model.topk)} it would fit."
+
+
+def _other_count(rows: int, fed: int, first: int) -> str:
+    """A start, or a number of tokens, with which this number of rows would fit."""
+    if rows < fed:
+        return f" With start={fed - rows} it would fit: did the request ask for that?"
+    return f" With {rows + first + 1} tokens it would fit: prompt and response count together."
+
+
+def _shape(sent: Tensor, model: Sizes) -> Tensor:
     if sent.dim() == 1 or sent.shape[0] == 0:
-        return sent.reshape(-1, num_layers, topk)
-    if sent.shape[2] != topk:
+        return sent.reshape(-1, model.num_layers, model.topk)
+    if sent.shape[2] != model.topk:
         raise RoutesError(
-            f"the payload has shape {tuple(sent.shape)}, expected topk={topk} ids at its end."
+            f"the payload has shape {tuple(sent.shape)}, expected topk={model.topk} ids at its end."
         )
     return sent
 
 
-def _columns(axis: int, num_layers: int, layers: tuple[int, ...]) -> slice | Tensor:
-    """Where ``layers`` stand on the payload's layer axis, a slice if they stand together."""
+def _columns(axis: int, model: Sizes) -> slice | Tensor:
+    """Where the MoE layers stand on the payload's layer axis, a slice if they stand together."""
+    num_layers, layers = model.num_layers, model.moe_layers
     if axis == num_layers:
         start, stop = layers[0] - 1, layers[-1]
         if stop - start == len(layers):
             return slice(start, stop)
-        return torch.tensor(layers) - 1
+        return torch.tensor(layers, device="cpu") - 1
     if axis == len(layers):
         return slice(None)
     raise RoutesError(
@@ -245,7 +298,7 @@ def _columns(axis: int, num_layers: int, layers: tuple[int, ...]) -> slice | Ten
 
 def _add_zero_layers(unfit: Tensor | None, experts: Tensor) -> Tensor | None:
     """With topk 1 a row of zeros is legal; marks layers that hold nothing else."""
-    if experts.shape[0] < _SUSPICIOUS_ZEROS:
+    if experts.shape[0] < SUSPICIOUS_ZEROS:
         return unfit
     dead = (experts == 0).flatten(2).all(-1).all(0)
     if not dead.any():
@@ -273,165 +326,13 @@ def _warn_of_stale_rows(routes: Routes, name: str) -> None:
 def _equal_neighbours(routes: Routes, columns: slice) -> Tensor:
     experts = routes.experts[:, columns]
     same = (experts[1:] == experts[:-1]).flatten(1).all(1)
-    if routes.valid is not None:
-        known = routes.valid[:, columns].all(1)
-        same &= known[1:] & known[:-1]
-    return same
+    known = routes.mask[:, columns].all(1)
+    return same & known[1:] & known[:-1]
 
 
 def _longest_run(same: Tensor) -> tuple[int, int]:
     """The last row and the length of the longest run of equal rows; ``same[i]``: i equals i+1."""
-    position = torch.arange(1, same.numel() + 1)
+    position = torch.arange(1, same.numel() + 1, device="cpu")
     start = torch.where(same, 0, position).cummax(0).values
     length, index = (position - start).max(0)
     return int(index) + 1, int(length) + 1
-
-
-def _read(payload: Any) -> tuple[Tensor, int | None]:
-    """The ids as sent, flat or ``[rows, axis, topk]``, and the start that the payload states."""
-    stated: int | None = None
-    if isinstance(payload, Mapping):
-        sent, stated = _read_mapping(payload)
-    elif isinstance(payload, tuple):
-        sent = _read_parts(payload)
-    elif isinstance(payload, (str, bytes, bytearray)):
-        sent = _read_text(payload)
-    elif isinstance(payload, (Tensor, list)) or _is_numpy(payload):
-        sent = _read_array(payload)
-    elif payload is None:
-        raise RoutesError(
-            "the engine returned no routes (None). For a sample that was aborted before its "
-            "prefill use Routes.missing; otherwise the engine's flag to return them is off."
-        )
-    else:
-        raise RoutesError(
-            f"a payload of type {type(payload).__name__} is none of the formats that engines send."
-        )
-    if sent.dim() not in (1, 3):
-        raise RoutesError(
-            f"the payload has shape {tuple(sent.shape)}, expected flat ids or [rows, layers, topk]."
-        )
-    return sent, stated
-
-
-def _read_mapping(payload: Mapping[str, Any]) -> tuple[Tensor, int | None]:
-    if "routed_experts" in payload:  # an engine's response, or SGLang's meta_info
-        ids, dtype = payload["routed_experts"], payload.get("routed_experts_dtype")
-        if payload.get("prompt_routed_experts") is not None:
-            ids = (payload["prompt_routed_experts"], ids)
-        if dtype is not None and isinstance(ids, (str, bytes, bytearray)):
-            sent, start = _read_text(ids, _dtype(dtype)), None
-        else:
-            sent, start = _read(ids)
-        return sent, payload.get("routed_experts_start_len", start)
-    if not {"data", "shape", "dtype"} <= payload.keys():
-        raise RoutesError(
-            f"a mapping with keys {sorted(map(str, payload))} is no payload: expected "
-            '"routed_experts", or "data", "shape" and "dtype".'
-        )
-    data = payload["data"]
-    if not isinstance(data, (str, bytes, bytearray, memoryview)):
-        raise RoutesError(f'"data" is {type(data).__name__}, expected base64 text or raw bytes.')
-    raw = _base64(data) if isinstance(data, str) else bytearray(data)
-    sent = _from_bytes(raw, _dtype(payload["dtype"]))
-    return _reshape(sent, tuple(payload["shape"])), payload.get("start")
-
-
-def _read_parts(parts: tuple[Any, ...]) -> Tensor:
-    """Prompt and generation apart, as vLLM 0.21 sends them."""
-    read = [signed(_read(part)[0]) for part in parts]
-    filled = [part for part in read if part.numel()]
-    if len({part.shape[1:] for part in filled}) > 1:
-        raise RoutesError(f"the parts have shapes {[tuple(part.shape) for part in filled]}.")
-    return torch.cat(filled) if filled else torch.empty(0, dtype=torch.int64)
-
-
-def _read_text(text: str | bytes | bytearray, dtype: torch.dtype = torch.int32) -> Tensor:
-    if isinstance(text, str) and text.startswith(_NEMO_MAGIC):
-        return _read_envelope(text)
-    raw = _base64(text)
-    if raw.startswith(_NPY_MAGIC):
-        return _read_npy(raw)
-    return _from_bytes(raw, dtype)
-
-
-def _read_envelope(text: str) -> Tensor:
-    """NeMo-RL: ``nrlre1:<dtype>:<rows>x<layers>x<topk>:<base64>``."""
-    fields = text.split(":", 3)
-    try:
-        _, dtype, shape, data = fields
-        sizes = tuple(int(size) for size in shape.split("x"))
-    except ValueError as error:
-        raise RoutesError(
-            f"{text[:40]!r}... is not nrlre1:<dtype>:<rows>x<layers>x<topk>:<base64>."
-        ) from error
-    return _reshape(_from_bytes(_base64(data), _dtype(dtype)), sizes)
-
-
-def _read_npy(raw: bytearray) -> Tensor:
-    try:
-        import numpy as np
-    except ImportError as error:
-        raise RoutesError('a .npy payload needs numpy: pip install "r3patch[rollout]".') from error
-    try:
-        return _read_array(np.load(io.BytesIO(raw), allow_pickle=False))
-    except Exception as error:  # numpy reads the header with Python's tokenizer and parser
-        raise RoutesError(f"the .npy payload is damaged: {error}.") from error
-
-
-def _is_numpy(payload: object) -> bool:
-    numpy = sys.modules.get("numpy")  # whoever holds an array has imported it
-    return numpy is not None and isinstance(payload, numpy.ndarray)
-
-
-def _read_array(array: Any) -> Tensor:
-    try:
-        if _is_numpy(array):
-            # Arrays from Ray's store are read-only, which torch takes only with a warning.
-            native = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
-            sent = torch.from_numpy(native if native.flags.writeable else native.copy())
-        else:
-            sent = array.detach().cpu() if isinstance(array, Tensor) else torch.tensor(array)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RoutesError(f"the payload is no array of ids: {error}.") from error
-    if not sent.numel() and not isinstance(array, Tensor):
-        return sent.to(torch.int64)  # an empty list has no dtype of its own
-    if sent.dtype.is_floating_point or sent.dtype.is_complex or sent.dtype == torch.bool:
-        raise RoutesError(f"the payload has dtype {sent.dtype}, expected integer expert ids.")
-    return sent
-
-
-def _base64(text: str | bytes | bytearray) -> bytearray:
-    try:
-        try:
-            from pybase64 import b64decode_as_bytearray
-        except ImportError:
-            return bytearray(base64.b64decode(text, validate=True))
-        return b64decode_as_bytearray(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RoutesError(
-            f"the payload {text[:24]!r}... is not base64 ({error}). Raw bytes need their shape: "
-            'pass {"data": ..., "shape": ..., "dtype": ...}. LMDeploy with '
-            "enable_transfer_obj_ref sends a key: fetch the array first."
-        ) from error
-
-
-def _dtype(name: object) -> torch.dtype:
-    short = str(name).removeprefix("torch.")
-    if short not in _DTYPES:
-        raise RoutesError(f"the payload's dtype is {name!r}, expected one of {_DTYPES}.")
-    dtype: torch.dtype = getattr(torch, short)
-    return dtype
-
-
-def _from_bytes(raw: bytearray, dtype: torch.dtype) -> Tensor:
-    if len(raw) % dtype.itemsize:
-        raise RoutesError(f"{len(raw)} bytes are not whole {dtype} ids: the payload is truncated.")
-    # torch.frombuffer refuses an empty buffer, which is what a start at the end leaves.
-    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-
-
-def _reshape(sent: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) != sent.numel():
-        raise RoutesError(f"the payload has {sent.numel()} ids, but states shape {shape}.")
-    return sent.view(shape)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.rows.routes import Routes
+from r3patch.rows.routes import Routes, have_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,8 @@ class Layout:
     def place(self, samples: Sequence[Routes]) -> Routes:
         """The rows of this rank in the router's order. Rows of padding are invalid.
 
+        Tokens of the samples take the same way as their rows; padding has the token -1.
+
         Args:
             samples: the samples of one microbatch in its order, one row per token of each.
 
@@ -130,18 +132,22 @@ class Layout:
             As many rows as this rank's routers get tokens.
 
         Raises:
-            RoutesError: no samples; samples that differ in layers, topk or num_experts; one longer
-                than ``seq_length``; tokens that cannot be cut evenly.
+            RoutesError: no samples; samples that differ in layers, topk or num_experts, or
+                of which only some have tokens; one longer than ``seq_length``; tokens that cannot
+                be cut evenly.
         """
         like = _check_alike(samples)
         lengths = [sample.num_tokens for sample in samples]
         index = self._index(lengths)
         real = index >= 0
         # Sample by sample into place: joining the samples first would hold all of them twice.
-        place = torch.full((sum(lengths),), -1)
+        place = torch.full((sum(lengths),), -1, device="cpu")
         place[index[real]] = real.nonzero().squeeze(1)
+        tokens = None
+        if have_tokens(samples, "sample"):
+            tokens = torch.full((index.numel(),), -1, dtype=torch.int32, device="cpu")
         experts = like.experts.new_zeros(index.numel(), like.num_layers, like.topk)
-        valid = torch.zeros(index.numel(), like.num_layers, dtype=torch.bool)
+        valid = torch.zeros(index.numel(), like.num_layers, dtype=torch.bool, device="cpu")
         for sample, rows in zip(samples, torch.split(place, lengths), strict=True):
             here = rows >= 0
             if here.all():
@@ -149,8 +155,10 @@ class Layout:
             else:
                 kept, rows = sample[here], rows[here]
             experts.index_copy_(0, rows, kept.experts)
-            valid.index_copy_(0, rows, _valid(kept))
-        return Routes._checked(experts, like.layers, valid, like.num_experts)
+            valid.index_copy_(0, rows, kept.mask)
+            if tokens is not None and kept.tokens is not None:
+                tokens.index_copy_(0, rows, kept.tokens)
+        return Routes._checked(experts, like.layers, valid, like.num_experts, tokens)
 
     def place_ids(self, ids: Sequence[Tensor], pad: int = -1) -> Tensor:
         """The same arithmetic on token ids, to check that rows and tokens travelled together.
@@ -222,19 +230,17 @@ class Layout:
         return tokens.view(self._cp_chunks, len(tokens) // self._cp_chunks)[own].flatten()
 
 
+# As for Routes: a controller sends layouts to ranks, and files may move.
+Layout.__module__ = "r3patch"
+
+
 def _tokens(lengths: list[int]) -> list[Tensor]:
     """The tokens of each sample, counted through the samples."""
-    return list(torch.split(torch.arange(sum(lengths)), lengths))
+    return list(torch.split(torch.arange(sum(lengths), device="cpu"), lengths))
 
 
 def _pad(tokens: Tensor, count: int, *, left: bool = False) -> Tensor:
     return torch.nn.functional.pad(tokens, (count, 0) if left else (0, count), value=-1)
-
-
-def _valid(routes: Routes) -> Tensor:
-    if routes.valid is not None:
-        return routes.valid
-    return torch.ones(routes.num_tokens, routes.num_layers, dtype=torch.bool)
 
 
 def _check_alike(samples: Sequence[Routes]) -> Routes:

@@ -7,20 +7,20 @@ own and no stage offset is ever computed.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
+from r3patch.rows import files
+from r3patch.rows.arrays import as_ids, as_mask, as_tokens, integer, signed
+from r3patch.rows.checks import check_layers, check_sizes, narrow, stored_dtype
 
-_FORMAT = "r3patch.Routes"
-_VERSION = 1
-# Rows are checked in blocks of about this many ids: a block and its scratch stay in the cache.
-_BLOCK_IDS = 1 << 18
+logger = logging.getLogger(__name__)
 
 
 class Routes:
@@ -29,26 +29,31 @@ class Routes:
     Args:
         experts: ``[num_tokens, num_layers, topk]`` integers, a tensor or anything that
             ``torch.tensor`` takes. Copied; kept on the host as uint8 up to 256 experts and
-            as int16 above. The order of the ids within a row carries no meaning.
+            as int16 above. The order of the ids within a row carries no meaning. A row of -1
+            is invalid.
         layers: the 1-based Megatron layer number of each column, unique.
         valid: ``[num_tokens]`` or ``[num_tokens, num_layers]`` bool, False where no routes are
             known; None means that every row is valid. Ids of invalid rows are ignored and
             stored as zeros.
         num_experts: routed experts per MoE layer.
+        tokens: ``[num_tokens]`` token ids that the rows were computed for, -1 for none (padding);
+            kept on the host as int32. They travel with the rows, so that rows of other tokens
+            can be told; None where nobody knows them.
 
     Attributes:
         bad_rows: rows that ``decode(..., on_bad_rows="invalid")`` found bad and marked invalid.
             Not carried over by the methods, nor compared by ``==``.
 
     Raises:
-        RoutesError: a shape, dtype or layer number is wrong, or a valid row has an id outside
-            ``[0, num_experts)`` or the same id twice.
+        RoutesError: a shape, dtype, layer number or token is wrong, or a valid row has an id
+            outside ``[0, num_experts)`` or the same id twice.
     """
 
     experts: Tensor
     layers: tuple[int, ...]
     valid: Tensor | None
     num_experts: int
+    tokens: Tensor | None
     bad_rows: int
 
     def __init__(
@@ -58,8 +63,13 @@ class Routes:
         valid: Tensor | Any | None = None,
         *,
         num_experts: int,
+        tokens: Tensor | Any | None = None,
     ) -> None:
-        wide = _as_ids(experts)
+        wide = as_ids(experts, "experts")
+        if wide.dim() != 3:
+            raise RoutesError(
+                f"experts has shape {tuple(wide.shape)}, expected [num_tokens, num_layers, topk]."
+            )
         layers = check_layers(layers)
         num_tokens, num_layers, topk = wide.shape
         if len(layers) != num_layers:
@@ -67,47 +77,69 @@ class Routes:
                 f"experts has {num_layers} layers (shape {tuple(wide.shape)}) but layers names "
                 f"{len(layers)}: pass one Megatron layer number per column."
             )
-        check_sizes(topk, num_experts)
-        if valid is not None:
-            valid = _as_valid(valid, num_tokens, num_layers)
-        ids = torch.empty(wide.shape, dtype=stored_dtype(num_experts))
+        topk, num_experts = check_sizes(topk, num_experts)
+        mask = None if valid is None else _valid(valid, num_tokens, num_layers)
+        ids = torch.empty(wide.shape, dtype=stored_dtype(num_experts), device="cpu")
         bad = narrow(wide, ids, num_experts)
-        if valid is not None:
-            ids.masked_fill_(~valid.unsqueeze(-1), 0)
-        if bad is not None and valid is not None:
-            bad &= valid
+        if bad is not None:
+            known = ~(signed(wide) == -1).all(-1)
+            mask = known if mask is None else mask & known
+            bad &= mask
+        if mask is not None:
+            ids.masked_fill_(~mask.unsqueeze(-1), 0)
         if bad is not None and bad.any():
             _raise_bad_row(wide, layers, bad, num_experts)
-        self._set(ids, layers, valid, num_experts)
+        if tokens is not None:
+            tokens = as_tokens(tokens, "tokens", num_tokens)
+        self._set(ids, layers, mask, num_experts, tokens)
 
     def _set(
-        self, experts: Tensor, layers: tuple[int, ...], valid: Tensor | None, num_experts: int
+        self,
+        experts: Tensor,
+        layers: tuple[int, ...],
+        valid: Tensor | None,
+        num_experts: int,
+        tokens: Tensor | None,
     ) -> None:
         # One form for "every row is valid", so that equal routes have equal attributes.
         if valid is not None and bool(valid.all()):
             valid = None
         self.experts, self.layers, self.valid = experts, layers, valid
-        self.num_experts, self.bad_rows = num_experts, 0
+        self.num_experts, self.tokens, self.bad_rows = num_experts, tokens, 0
 
     @classmethod
     def _checked(
-        cls, experts: Tensor, layers: tuple[int, ...], valid: Tensor | None, num_experts: int
+        cls,
+        experts: Tensor,
+        layers: tuple[int, ...],
+        valid: Tensor | None,
+        num_experts: int,
+        tokens: Tensor | None = None,
     ) -> Routes:
         """Builds from tensors that hold every invariant already, without copy or check."""
         routes = cls.__new__(cls)
-        routes._set(experts, layers, valid, num_experts)
+        routes._set(experts, layers, valid, num_experts, tokens)
         return routes
 
     @classmethod
-    def missing(cls, num_tokens: int, layers: Iterable[int], topk: int, num_experts: int) -> Routes:
+    def missing(
+        cls,
+        num_tokens: int,
+        layers: Iterable[int],
+        topk: int,
+        num_experts: int,
+        *,
+        tokens: Tensor | Any | None = None,
+    ) -> Routes:
         """Routes without one valid row, for a sample whose routes the engine did not return."""
         layers = check_layers(layers)
-        check_sizes(topk, num_experts)
-        if num_tokens < 0:
-            raise RoutesError(f"num_tokens is {num_tokens}, expected 0 or more.")
-        experts = torch.zeros(num_tokens, len(layers), topk, dtype=stored_dtype(num_experts))
-        valid = torch.zeros(num_tokens, len(layers), dtype=torch.bool)
-        return cls._checked(experts, layers, valid, num_experts)
+        topk, num_experts = check_sizes(topk, num_experts)
+        shape = (integer(num_tokens, "num_tokens", 0), len(layers), topk)
+        experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
+        valid = torch.zeros(shape[:2], dtype=torch.bool, device="cpu")
+        if tokens is not None:
+            tokens = as_tokens(tokens, "tokens", shape[0])
+        return cls._checked(experts, layers, valid, num_experts, tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -122,9 +154,16 @@ class Routes:
         return self.experts.shape[2]
 
     @property
+    def mask(self) -> Tensor:
+        """``[num_tokens, num_layers] bool``: ``valid``, or True everywhere where that is None."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.experts.shape[:2], dtype=torch.bool, device="cpu")
+
+    @property
     def invalid_rows(self) -> int:
         """How many of the ``num_tokens * num_layers`` rows are invalid."""
-        return 0 if self.valid is None else self.valid.numel() - int(self.valid.sum())
+        return 0 if self.valid is None else int((~self.valid).sum())
 
     def select(self, layers: Iterable[int]) -> Routes:
         """The columns of these layers, in this order: the part that a pipeline stage needs.
@@ -143,23 +182,25 @@ class Routes:
             return self
         columns = _positions(layers, self.layers)
         valid = None if self.valid is None else self.valid.index_select(1, columns)
-        return self._checked(self.experts.index_select(1, columns), layers, valid, self.num_experts)
+        experts = self.experts.index_select(1, columns)
+        return self._checked(experts, layers, valid, self.num_experts, self.tokens)
 
-    def __getitem__(self, tokens: slice | Tensor) -> Routes:
+    def __getitem__(self, index: slice | Tensor) -> Routes:
         """The rows of some tokens: a slice, a bool mask or int64 positions ``[n]``.
 
         Always a copy, because pickling a view would send the whole storage along.
         """
-        if isinstance(tokens, slice):
-            tokens = torch.arange(self.num_tokens)[tokens]
-        elif not isinstance(tokens, Tensor) or tokens.dtype not in (torch.bool, torch.int64):
+        if isinstance(index, slice):
+            index = torch.arange(self.num_tokens, device="cpu")[index]
+        elif not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.int64):
             # torch takes a uint8 index for a mask, and an int would drop the token axis.
-            got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise RoutesError(
                 f"routes[...] got {got}, expected a slice, a bool mask or an int64 tensor."
             )
-        valid = None if self.valid is None else self.valid[tokens]
-        return self._checked(self.experts[tokens], self.layers, valid, self.num_experts)
+        valid = None if self.valid is None else self.valid[index]
+        tokens = None if self.tokens is None else self.tokens[index]
+        return self._checked(self.experts[index], self.layers, valid, self.num_experts, tokens)
 
     @classmethod
     def join(
@@ -171,8 +212,11 @@ class Routes:
         """Routes of one sequence from parts of it: turns, resumed rollouts, pipeline stages.
 
         Row i of every part belongs to token i of the same sequence; a part may end early. The
-        result has the tokens of the longest part and the layers of all parts. A row is taken
-        from a part where it is valid.
+        result has the layers of all parts. A row is taken from a part where it is valid.
+
+        Parts with tokens: the last part is the truth and the result has its tokens. An earlier
+        part counts up to where it leaves them, as it does where a chat template renders history
+        anew. Parts without tokens: the result has as many as the longest part.
 
         Args:
             parts: in the order in which the engine answered.
@@ -181,8 +225,9 @@ class Routes:
                 ran on the newest weights. ``"error"``: they must be the same set.
 
         Raises:
-            RoutesError: no parts, different ``topk`` or ``num_experts``, or under ``"error"``
-                two parts that disagree about a row.
+            RoutesError: no parts, different ``topk`` or ``num_experts``, tokens in some parts
+                only, a part whose first token is not the last part's, or under ``"error"`` two
+                parts that disagree about a row.
         """
         if keep not in ("error", "first", "latest"):
             raise RoutesError(f'keep is {keep!r}, expected "error", "first" or "latest".')
@@ -190,17 +235,21 @@ class Routes:
         if not parts:
             raise RoutesError("Routes.join got no parts; for no routes use Routes.missing.")
         _check_same_kind(parts)
+        tokens = parts[-1].tokens if have_tokens(parts, "part") else None
+        if tokens is not None:
+            parts = [_cut(part, tokens, number) for number, part in enumerate(parts)]
         layers = tuple(dict.fromkeys(layer for part in parts for layer in part.layers))
         num_tokens = max(part.num_tokens for part in parts)
         topk, num_experts = parts[0].topk, parts[0].num_experts
-        experts = torch.zeros(num_tokens, len(layers), topk, dtype=stored_dtype(num_experts))
-        valid = torch.zeros(num_tokens, len(layers), dtype=torch.bool)
+        shape = (num_tokens, len(layers), topk)
+        experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
+        valid = torch.zeros(shape[:2], dtype=torch.bool, device="cpu")
         for number, part in enumerate(parts):
             rows = slice(0, part.num_tokens)
             columns = _positions(part.layers, layers)
             known = valid[rows].index_select(1, columns)
             ids = experts[rows].index_select(1, columns)
-            take = torch.ones_like(known) if part.valid is None else part.valid
+            take = part.mask
             if keep == "error":
                 _check_agreement(ids, part, known & take, number)
             if keep != "latest":
@@ -208,19 +257,19 @@ class Routes:
             ids = torch.where(take.unsqueeze(-1), part.experts, ids)
             experts[rows].index_copy_(1, columns, ids)
             valid[rows].index_copy_(1, columns, known | take)
-        return cls._checked(experts, layers, valid, num_experts)
+        return cls._checked(experts, layers, valid, num_experts, tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the routes to a file that ``Routes.load`` reads."""
-        state = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "experts": self.experts,
-            "layers": list(self.layers),
-            "valid": self.valid,
-            "num_experts": self.num_experts,
-        }
-        torch.save(state, path)
+        """Writes the routes to a safetensors file that ``Routes.load`` and other tools read.
+
+        Raises:
+            RoutesError: safetensors or numpy is missing, which the extra ``rollout`` installs.
+            OSError: the file cannot be written.
+        """
+        files.write(
+            path,
+            files.Contents(self.layers, self.num_experts, self.experts, self.valid, self.tokens),
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Routes:
@@ -230,165 +279,44 @@ class Routes:
             RoutesError: the file is something else, damaged, or of another version.
             OSError: the file cannot be read.
         """
+        held = files.read(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # torch.load raises a dozen kinds on foreign bytes
-            raise RoutesError(
-                f"{os.fspath(path)} is not a file of Routes.save, or is damaged "
-                f"({type(error).__name__})."
-            ) from error
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise RoutesError(f"{os.fspath(path)} is a torch file, but not one of Routes.save.")
-        if state.get("version") != _VERSION:
-            raise RoutesError(
-                f"{os.fspath(path)} has format version {state.get('version')!r}, this r3patch "
-                f"reads {_VERSION}: save it again or install the r3patch that wrote it."
+            return cls(
+                held.experts,
+                held.layers,
+                held.valid,
+                num_experts=held.num_experts,
+                tokens=held.tokens,
             )
-        try:
-            fields = (state["experts"], state["layers"], state["valid"])
-            return cls(*fields, num_experts=state["num_experts"])
-        except (KeyError, TypeError) as error:
-            raise RoutesError(f"{os.fspath(path)} is damaged: {error!r}.") from error
+        except RoutesError as error:
+            raise RoutesError(f"{os.fspath(path)} is damaged: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Routes):
             return NotImplemented
-        if (self.layers, self.num_experts) != (other.layers, other.num_experts):
-            return False
-        if (self.valid is None) != (other.valid is None):
-            return False
-        if self.valid is not None and other.valid is not None:
-            return torch.equal(self.valid, other.valid) and torch.equal(self.experts, other.experts)
-        return torch.equal(self.experts, other.experts)
+        return (
+            (self.layers, self.num_experts) == (other.layers, other.num_experts)
+            and torch.equal(self.experts, other.experts)
+            and torch.equal(self.mask, other.mask)
+            and _equal_tokens(self.tokens, other.tokens)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return (
             f"Routes(num_tokens={self.num_tokens}, layers={_span(self.layers)}, topk={self.topk}, "
-            f"num_experts={self.num_experts}, invalid_rows={self.invalid_rows})"
+            f"num_experts={self.num_experts}, invalid_rows={self.invalid_rows}"
+            f"{'' if self.tokens is None else ', with tokens'})"
         )
 
 
-def stored_dtype(num_experts: int) -> torch.dtype:
-    """The narrowest dtype that Megatron-side indexing can widen again: uint8, else int16."""
-    return torch.uint8 if num_experts <= 256 else torch.int16
+# Pickles and tracebacks say ``r3patch.Routes``, wherever the class lives in the package.
+Routes.__module__ = "r3patch"
 
 
-def check_sizes(topk: int, num_experts: int) -> None:
-    """Raises RoutesError unless ``1 <= topk <= num_experts <= 32768``."""
-    if not 1 <= num_experts <= 32768:
-        raise RoutesError(f"num_experts is {num_experts}, expected 1 to 32768.")
-    if not 1 <= topk <= num_experts:
-        raise RoutesError(
-            f"topk is {topk} with {num_experts} experts: a row holds topk distinct expert ids."
-        )
-
-
-def check_layers(layers: Iterable[int]) -> tuple[int, ...]:
-    """The layer numbers as a tuple of ints, all of them unique and 1 or more."""
-    given = tuple(layers)
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in given):
-        raise RoutesError(
-            f"layers is {given}, expected 1-based Megatron layer numbers (int, 1 or more)."
-        )
-    numbers = tuple(int(n) for n in given)
-    if len(set(numbers)) != len(numbers):
-        twice = sorted({n for n in numbers if numbers.count(n) > 1})
-        raise RoutesError(f"layers names {twice} more than once.")
-    return numbers
-
-
-def narrow(
-    wide: Tensor, into: Tensor, num_experts: int, columns: slice | Tensor = slice(None)
-) -> Tensor | None:
-    """Narrows ids to the stored dtype and finds the rows that cannot be routes.
-
-    Args:
-        wide: ``[num_tokens, axis, topk]``, any integer dtype.
-        into: ``[num_tokens, num_layers, topk]``, receives the ids of ``columns``.
-        columns: which of ``axis``, a slice or int64 positions.
-
-    Returns:
-        The rows with an id out of range or a repeated id, ``[num_tokens, num_layers]`` bool;
-        None if there are none.
-    """
-    num_tokens, num_layers, topk = into.shape
-    bad: Tensor | None = None
-    step = max(1, _BLOCK_IDS // max(1, num_layers * topk))
-    for start in range(0, num_tokens if num_layers else 0, step):
-        rows = slice(start, start + step)
-        block = signed(wide[rows])[:, columns]
-        into[rows] = block
-        found = _bad_rows(block, into[rows], num_experts)
-        if found is not None:
-            bad = torch.zeros(num_tokens, num_layers, dtype=torch.bool) if bad is None else bad
-            bad[rows] = found
-    return bad
-
-
-def _bad_rows(wide: Tensor, ids: Tensor, num_experts: int) -> Tensor | None:
-    # Compared in Python and in int64: torch would wrap num_experts=256 to 0 beside uint8 ids.
-    least, greatest = (int(bound) for bound in wide.aminmax())
-    repeated = _repeated(ids)
-    if least >= 0 and greatest < num_experts:
-        return repeated
-    wide = wide.to(torch.int64)
-    outside = ((wide < 0) | (wide >= num_experts)).any(-1)
-    return outside if repeated is None else outside | repeated
-
-
-def _repeated(ids: Tensor) -> Tensor | None:
-    """Rows that hold an id twice, bool of the leading shape; None if there are none."""
-    topk = ids.shape[-1]
-    # [topk, rows]: comparing whole columns runs at the speed of memory, sorting rows does not.
-    columns = ids.reshape(-1, topk).t().contiguous()
-    repeated: Tensor | None = None
-    for distance in range(1, topk):
-        equal = columns[distance:] == columns[:-distance]
-        if equal.numel() and equal.view(torch.uint8).amax():  # several times faster than any()
-            found = equal.any(0)
-            repeated = found if repeated is None else repeated | found
-    return None if repeated is None else repeated.view(ids.shape[:-1])
-
-
-def _as_ids(experts: Any) -> Tensor:
-    try:
-        wide = experts.detach() if isinstance(experts, Tensor) else torch.tensor(experts)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RoutesError(f"experts cannot be made a tensor: {error}.") from error
-    if wide.dim() != 3:
-        raise RoutesError(
-            f"experts has shape {tuple(wide.shape)}, expected [num_tokens, num_layers, topk]."
-        )
-    if wide.dtype.is_floating_point or wide.dtype.is_complex or wide.dtype == torch.bool:
-        # An empty list has no dtype of its own.
-        if wide.numel() or isinstance(experts, Tensor):
-            raise RoutesError(f"experts has dtype {wide.dtype}, expected integer expert ids.")
-        wide = wide.to(torch.int64)
-    return wide.cpu()
-
-
-def signed(ids: Tensor) -> Tensor:
-    """The same ids in a dtype that torch computes with: it lacks most of uint16/32/64."""
-    if ids.dtype == torch.uint16:
-        return ids.to(torch.int32)
-    if ids.dtype == torch.uint32:
-        return ids.to(torch.int64)
-    if ids.dtype == torch.uint64:
-        return ids.view(torch.int64)  # 2**63 and more turn negative: out of range either way
-    return ids
-
-
-def _as_valid(valid: Any, num_tokens: int, num_layers: int) -> Tensor:
-    try:
-        mask = valid.detach().cpu() if isinstance(valid, Tensor) else torch.tensor(valid)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RoutesError(f"valid cannot be made a tensor: {error}.") from error
-    if mask.dtype != torch.bool and (mask.numel() or isinstance(valid, Tensor)):
-        raise RoutesError(f"valid has dtype {mask.dtype}, expected bool.")
+def _valid(valid: Any, num_tokens: int, num_layers: int) -> Tensor:
+    mask = as_mask(valid, "valid")
     if mask.shape == (num_tokens,):
         mask = mask.unsqueeze(1).expand(num_tokens, num_layers)
     if mask.shape != (num_tokens, num_layers):
@@ -411,7 +339,43 @@ def _raise_bad_row(wide: Tensor, layers: tuple[int, ...], bad: Tensor, num_exper
 
 def _positions(layers: tuple[int, ...], within: tuple[int, ...]) -> Tensor:
     column = {layer: index for index, layer in enumerate(within)}
-    return torch.tensor([column[layer] for layer in layers], dtype=torch.int64)
+    return torch.tensor([column[layer] for layer in layers], dtype=torch.int64, device="cpu")
+
+
+def have_tokens(parts: Sequence[Routes], noun: str) -> bool:
+    """Whether all the parts have tokens; RoutesError where some have and others have not."""
+    without = [number for number, part in enumerate(parts) if part.tokens is None]
+    if without and len(without) < len(parts):
+        raise RoutesError(
+            f"{noun} {without[0]} has no tokens and others have: give tokens= to all of them, "
+            "Routes.missing too, or to none."
+        )
+    return not without
+
+
+def _cut(part: Routes, truth: Tensor, number: int) -> Routes:
+    """The part up to where its tokens leave the truth."""
+    assert part.tokens is not None
+    length = min(part.num_tokens, truth.numel())
+    differs = (part.tokens[:length] != truth[:length]).nonzero()
+    shared = int(differs[0]) if differs.numel() else length
+    if shared == part.num_tokens:
+        return part
+    if not shared:
+        raise RoutesError(
+            f"part {number} shares no token with the last part: it begins with "
+            f"{part.tokens[:4].tolist()}, the last one with {truth[:4].tolist()}. Parts begin at "
+            "the first token of one and the same sequence."
+        )
+    logger.info(
+        "Routes.join: part %d leaves the last part's tokens at token %d; its %d rows from there "
+        "on are dropped.", number, shared, part.num_tokens - shared,
+    )  # fmt: skip
+    return part[:shared]
+
+
+def _equal_tokens(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _check_same_kind(parts: list[Routes]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,23 @@ def spread_rows(
     pick = torch.arange(first * topk, (first + num_rows) * topk) % num_experts
     block = num_experts // ep_size
     return (pick % ep_size * block + pick // ep_size).view(num_rows, topk)
+
+
+def spread_missing(
+    rows: Tensor, missing: Sequence[Tensor | None], num_experts: Sequence[int], *, ep_size: int = 1
+) -> None:
+    """Give the rows without routes distinct experts in turn, in place.
+
+    Args:
+        rows: ``[num_layers, num_tokens, topk]``, of any integer dtype.
+        missing: for each layer the positions ``[n] int64`` of such rows; None: it has none.
+        num_experts: of each layer.
+        ep_size: expert-parallel ranks.
+    """
+    for index, positions in enumerate(missing):
+        if positions is not None:
+            count = len(positions)
+            fill = spread_rows(
+                count, rows.shape[2], num_experts[index], first=index * count, ep_size=ep_size
+            )
+            rows[index, positions] = fill.to(rows.dtype)

@@ -9,21 +9,21 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from r3patch import bridges
-from r3patch._errors import UnsupportedMegatronError, UnsupportedRoutingError
-from r3patch.bridges._common import ManagerTap
-from r3patch.labels.model import RouterInfo, routers
+from r3patch._errors import ReplayError, UnsupportedMegatronError, UnsupportedRoutingError
+from r3patch.bridges._attach import ManagerTap
+from r3patch.labels.model import Found, MainRouter, RouterInfo
 from r3patch.labels.scope import MAIN
+from r3patch.sessions._recompute import require_checkpoint_frames
 from r3patch.sessions._tap import Tap
-
-__all__ = ["Problem", "problems", "require_extension_point", "topk_sorts", "unfused"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ def require_extension_point() -> None:
         for owner, name in (
             (torch._C, "_current_graph_task_id"),
             (torch._C, "_current_autograd_node"),
-            (torch._C._autograd, "_get_sequence_nr"),
             (torch._C._autograd, "_top_saved_tensors_default_hooks"),
         )
         if not hasattr(owner, name)
@@ -68,20 +67,32 @@ def require_extension_point() -> None:
             f"torch {torch.__version__} lacks {', '.join(missing)}, by which a recompute finds its "
             "forward call. torch 2.6 and newer are tested."
         )
+    require_checkpoint_frames()
 
 
-def problems(model: Any) -> list[Problem]:
+def problems(routers: Sequence[RouterInfo]) -> list[Problem]:
     """The settings of a model under which replay is refused or weakened, router by router."""
-    found: list[Problem] = []
-    for info in routers(model):
-        if info.scope == MAIN:
-            found += _router_problems(info)
-    return found
+    main = [info for info in routers if info.scope == MAIN]
+    found = [problem for info in main for problem in _router_problems(info)]
+    return found + list(_unequal_topk(main))
+
+
+def _unequal_topk(main: Sequence[RouterInfo]) -> Iterator[Problem]:
+    topk = {info.name: int(info.module.config.moe_router_topk) for info in main}
+    for name in topk:
+        if topk[name] != topk[main[0].name]:
+            yield Problem(
+                name,
+                f"moe_router_topk={topk[name]}",
+                f"{main[0].name} has {topk[main[0].name]}, and routes hold as many experts of each "
+                "layer. Layers with different topk cannot be replayed.",
+                "error",
+            )
+            return
 
 
 def _router_problems(info: RouterInfo) -> Iterator[Problem]:
     config = info.module.config
-    current = getattr(info.module, "router_replay", None)
 
     def error(setting: str, text: str) -> Problem:
         return Problem(info.name, setting, text, "error")
@@ -100,6 +111,13 @@ def _router_problems(info: RouterInfo) -> Iterator[Problem]:
             "this routing picks experts without Megatron's top-k. Use 'none', 'aux_loss' or "
             "'seq_aux_loss'.",
         )
+    for setting in ("moe_router_force_load_balancing", "moe_router_force_biased"):
+        if getattr(config, setting, None) not in (None, False):
+            yield error(
+                f"{setting}={getattr(config, setting)!r}",
+                "logits are replaced by noise, and gate weights come from them. It is for "
+                "benchmarks: unset it.",
+            )
     captured = _captured_by_cuda_graph(config)
     if captured:
         yield error(
@@ -107,7 +125,7 @@ def _router_problems(info: RouterInfo) -> Iterator[Problem]:
             "a CUDA graph repeats the routes of its capture. Leave the router out of the graph "
             "(cuda_graph_modules=['attn'], say) or set cuda_graph_impl='none'.",
         )
-    if isinstance(current, Tap):
+    if isinstance(getattr(info.module, "router_replay", None), Tap):
         yield error(
             "an open session",
             "this model is in a record or replay session. Leave it first.",
@@ -137,9 +155,76 @@ def _router_problems(info: RouterInfo) -> Iterator[Problem]:
         )
 
 
-def is_hash_routed(info: RouterInfo) -> bool:
-    """Whether the router chooses by token id (DeepSeek-V4's first layers): nothing to replay."""
-    return bool(getattr(info.module, "is_hash_layer", False))
+def takes_routes(info: RouterInfo) -> bool:
+    """Whether a session records or replays this router.
+
+    Routers that choose by token id (DeepSeek-V4's first layers) have nothing to replay.
+    """
+    return info.scope == MAIN and not getattr(info.module, "is_hash_layer", False)
+
+
+def refuse_twice(chunks: Sequence[nn.Module]) -> None:
+    """Raise if a chunk is listed twice.
+
+    Raises:
+        ReplayError: it is.
+    """
+    for index, chunk in enumerate(chunks):
+        if any(chunk is other for other in chunks[:index]):
+            raise ReplayError(
+                f"chunk {index} of the model ({type(chunk).__qualname__}) is there before: each of "
+                "its forward passes would count twice. List every chunk once."
+            )
+
+
+def refuse_shared(found: Sequence[Found]) -> None:
+    """Raise if a router that takes routes is a part of two chunks.
+
+    Raises:
+        ReplayError: it is.
+    """
+    for router in found:
+        if len(router.chunks) > 1 and takes_routes(router.info):
+            raise ReplayError(
+                f"{router.name} (layer {router.info.layer_number}) is a part of chunks "
+                f"{router.chunks}, and each chunk runs every microbatch: which rows a call takes "
+                "is not known. Build the chunks without shared MoE layers."
+            )
+
+
+def refuse_open_session(found: Sequence[Found]) -> None:
+    """Raise if a session is open on one of the routers.
+
+    Raises:
+        ReplayError: it is.
+    """
+    for router in found:
+        if isinstance(getattr(router.module, "router_replay", None), Tap):
+            raise ReplayError(
+                f"{router.name} is in an open session already: sessions on one model do not nest. "
+                "Leave the first `with` block before the second."
+            )
+
+
+def require_moe(chunks: Sequence[nn.Module], routers: Sequence[RouterInfo], kind: str) -> None:
+    """Raise if there is nothing to do on any rank; one rank of a MoE model may have no MoE layer.
+
+    Raises:
+        UnsupportedRoutingError: the model has no routers, and its config no experts.
+    """
+    if routers or any(_has_moe(chunk) for chunk in chunks):
+        return
+    raise UnsupportedRoutingError(
+        "the model has no MoE router and its config no num_moe_experts: there is nothing to "
+        f"{kind}. Pass the policy model's chunks."
+    )
+
+
+def _has_moe(chunk: nn.Module) -> bool:
+    return any(
+        getattr(getattr(module, "config", None), "num_moe_experts", None)
+        for module in chunk.modules()
+    )
 
 
 def unfused(config: Any) -> Any:
@@ -155,6 +240,18 @@ def mlp_chunks(config: Any) -> int:
         int(getattr(config, "mlp_chunks_for_training", 1) or 1),
         int(getattr(config, "mlp_chunks_for_prefill", 1) or 1),
     )
+
+
+def sums_in_order(router: MainRouter) -> bool:
+    """Whether the order of a row's ids changes bits: Megatron sums over the row's scores.
+
+    It does not after a softmax over all experts, nor where a row has one id.
+    Source: ``topk_routing_with_score_function``, megatron/core/transformer/moe/moe_utils.py,
+    0.16.1 to 0.19.2.
+    """
+    config = router.module.config
+    pre_softmax = config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax
+    return router.topk > 1 and not pre_softmax
 
 
 def topk_sorts(*, grouped: bool) -> bool:
@@ -199,10 +296,10 @@ def _topk_function() -> Callable[..., Any] | None:
 
 def _driver(router: Any) -> str | None:
     """What drives a router at this moment; None while every manager rests."""
-    name = bridges.driver(router)
+    replay = getattr(router, "router_replay", None)
+    name = bridges.replaying(router, replay)
     if name is not None:
         return f"the replay manager {name} is replaying or recording"
-    replay = getattr(router, "router_replay", None)
     if replay is None or isinstance(replay, ManagerTap) or hasattr(replay, "router_replay_action"):
         return None
     return f"router_replay is a {type(replay).__qualname__}"

@@ -2,137 +2,194 @@
 
 Activation checkpointing runs a router a second time inside backward, in an order that no queue
 survives: pipeline schedules interleave microbatches, chunked MLPs run a router several times a
-microbatch, evaluation passes come in between. Two kinds of checkpoint exist, and each says by
-itself what it repeats:
+microbatch, evaluation passes come in between. But a checkpointed region has an *owner*, an object
+that is the same when the region runs and when it is repeated:
 
-* Reentrant (Megatron's ``CheckpointFunction``, megatron/core/tensor_parallel/random.py): the region
-  runs without grad inside one autograd ``Function``, and the node of that Function repeats it.
-  Autograd numbers what it records, and the node took its number before the region ran: the calls of
-  the region are the first ones made without grad at a higher number.
+* Reentrant (Megatron's ``CheckpointFunction``, megatron/core/tensor_parallel/random.py, and
+  torch's): the region runs inside ``forward(ctx, ...)`` of an autograd Function, and is repeated
+  inside ``backward(ctx, ...)`` of the same one. ``ctx`` is the node of the graph itself.
 * Non-reentrant (torch/utils/checkpoint.py): the region runs under saved-tensor hooks that hold its
-  frame; the recompute runs under hooks that hold the same frame.
+  frame, and is repeated under hooks that hold the same frame.
 
-Regions nest: what a recompute runs may be recomputed again, by a backward inside backward whose
-nodes belong to the graph that the outer recompute built. So each graph task keeps calls of its own,
-until it ends.
+So a call writes itself down with the owner of every region around it, and a recompute reads the
+calls of its own region in their order. Owners are held weakly: what no backward can repeat any more
+is gone. A backward that fails, threads that each number their nodes from 0, regions in regions: all
+of that changes orders and numbers, and none of it changes whose region a call is in.
 
-On CUDA all of this runs in autograd's worker threads: the state lives on the object, never in a
-``ContextVar`` or a ``threading.local``.
+Owners are found on the Python stack, which is the one of the thread that runs the call: on CUDA
+recompute runs in autograd's worker threads, where ``ContextVar`` and ``threading.local`` know
+nothing of the forward.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from bisect import bisect_right, insort_right
-from collections.abc import Callable
-from operator import attrgetter
-from typing import Any, Generic, TypeVar
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from types import FrameType
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._C import _autograd, _current_autograd_node, _current_graph_task_id
+from torch._C import _autograd, _current_autograd_node, _current_graph_task_id, _FunctionBase
 
-from r3patch._errors import ReplayError
+from r3patch._errors import ReplayError, UnsupportedMegatronError
 
-__all__ = ["CallLog", "in_backward"]
+__all__ = [
+    "CallLog",
+    "Surroundings",
+    "in_backward",
+    "in_recompute",
+    "require_checkpoint_frames",
+    "surroundings",
+]
 
 T = TypeVar("T")
 Hook = Callable[..., Any]
 
 _OUTSIDE = -1  # what _current_graph_task_id() returns outside the autograd engine
-_number = attrgetter("number")
+
+
+class Surroundings(NamedTuple):
+    """The checkpointed regions around a call."""
+
+    repeats: Any
+    """The owner of the region that is being repeated; None in a forward."""
+    run: Hashable
+    """Which repetition of it this is: with ``retain_graph`` there are several."""
+    inside: tuple[Any, ...]
+    """The owners of the regions that are being run, inside of the one that is being repeated."""
+
+
+_NONE = Surroundings(None, None, ())
 
 
 def in_backward() -> bool:
-    """Whether the caller runs inside the autograd engine, that is, in a recompute."""
+    """Whether the caller runs inside the autograd engine."""
     return bool(_current_graph_task_id() != _OUTSIDE)
 
 
-class _Call(Generic[T]):
-    """One call made without grad: its sequence number, and the value it left for its recompute."""
+def in_recompute() -> bool:
+    """Whether the caller runs in a repetition, or at least in backward."""
+    return in_backward() or any(_is(hook, _RECOMPUTE) for hook in _checkpoint_hooks())
 
-    __slots__ = ("number", "repeats", "task", "value")
 
-    def __init__(self, value: T) -> None:
-        self.number: int = _autograd._get_sequence_nr()
-        self.value = value
-        self.task = _OUTSIDE  # the graph task that last repeated the region starting here,
-        self.repeats = 0  # and how many of the region's calls it has repeated so far
+def surroundings() -> Surroundings:
+    """The checkpointed regions around the caller."""
+    hooks = _checkpoint_hooks()
+    if not hooks and torch.is_grad_enabled() and not in_backward():
+        return _NONE  # a plain forward, which nothing repeats
+    repeating = next((hook for hook in hooks if _is(hook, _RECOMPUTE)), None)
+    hooks = hooks if repeating is None else hooks[: hooks.index(repeating)]
+    inside = [_held(hook) for hook in hooks]
+    for frame in _stack():
+        if frame.f_code.co_name == _UNPACK:
+            if repeating is not None:
+                break
+        elif isinstance(ctx := frame.f_locals.get(frame.f_code.co_varnames[0]), _FunctionBase):
+            if frame.f_code.co_name == "backward":
+                return _in_node(ctx, inside)
+            inside.append(ctx)
+    if repeating is None:
+        return Surroundings(None, None, tuple(inside))
+    return Surroundings(_held(repeating), weakref.ref(repeating), tuple(inside))
+
+
+def _in_node(ctx: Any, inside: list[Any]) -> Surroundings:
+    # A hook of another node may run a model while the backward of this one is on the stack.
+    if _current_autograd_node() is not ctx:
+        return Surroundings(None, None, tuple(inside))
+    return Surroundings(ctx, _current_graph_task_id(), tuple(inside))
+
+
+def _stack() -> Iterator[FrameType]:
+    """The frames that may be of a region, innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _NAMES and code.co_varnames[:1] != ("self",) and code.co_argcount:
+            yield frame
+        frame = frame.f_back
+
+
+class _Region(Generic[T]):
+    """The calls that one router made in one checkpointed region."""
+
+    __slots__ = ("around", "calls", "repeats")
+
+    def __init__(self, around: object) -> None:
+        self.calls: list[T] = []
+        self.repeats: dict[Hashable, int] = {}  # by repetition, how many of the calls it has made
+        self.around = around  # a weak reference to the region whose repetition runs this one
 
 
 class CallLog(Generic[T]):
-    """The forward calls of one router, each with a value that its recompute gets back."""
+    """The forward calls of one router, each with a value that its recompute gets back.
 
-    def __init__(self) -> None:
-        # Calls without grad, by the graph task they were made in, sorted by number.
-        self._spans: dict[int, list[_Call[T]]] = {_OUTSIDE: []}
-        # Calls in non-reentrant regions, by frame; and how many a running recompute has repeated.
-        self._frames: WeakKeyDictionary[Any, list[T]] = WeakKeyDictionary()
-        self._repeats: WeakKeyDictionary[Hook, int] = WeakKeyDictionary()
+    Args:
+        on_region: called with the owner of each region in which the router is called, once.
+    """
 
-    def forward(self, value: T) -> bool:
-        """Store a call made outside the autograd engine; whether a recompute may repeat it."""
-        if len(self._spans) > 1:  # a backward failed before its tasks could clean up
-            self._spans = {_OUTSIDE: self._spans[_OUTSIDE]}
-        return self._store(value, _OUTSIDE, _hooks())
+    def __init__(self, on_region: Callable[[Any], None] | None = None) -> None:
+        self._regions: WeakKeyDictionary[Any, _Region[T]] = WeakKeyDictionary()
+        self._on_region = on_region
+        self._lock = threading.Lock()  # backward passes may run side by side
 
-    def recompute(self, name: str) -> T:
-        """The value of the forward call that the current call, made inside the engine, repeats.
+    def __len__(self) -> int:
+        """How many regions a backward may still repeat."""
+        return len(self._regions)
+
+    def forward(self, value: T, around: Surroundings) -> None:
+        """Store a call made outside of any recompute."""
+        if around.inside:
+            self._store(value, around)
+
+    def recompute(self, name: str, around: Surroundings) -> T:
+        """The value of the forward call that the current call repeats.
 
         Args:
             name: the router, for the error.
+            around: where the current call is made.
 
         Raises:
             ReplayError: no stored forward call fits.
         """
-        task, hooks = _current_graph_task_id(), _hooks()
-        repeating = next((hook for hook in hooks if _is(hook, _RECOMPUTE)), None)
-        try:
-            value = self._by_number(task) if repeating is None else self._by_frame(repeating)
-        except LookupError:
-            raise ReplayError(
-                f"{name}: a call inside backward ({_current_autograd_node()}) repeats no forward "
-                "call of this session. Run a forward and its backward in the same `with` block."
-            ) from None
-        self._store(value, task, hooks)
+        with self._lock:
+            region = self._regions.get(around.repeats) if around.repeats is not None else None
+            index = region.repeats.get(around.run, 0) if region is not None else 0
+            if region is None or index >= len(region.calls):
+                raise ReplayError(
+                    f"{name}: a call inside backward ({_current_autograd_node()}) repeats no "
+                    f"forward call of this session{_which(region)}. Run a forward and its backward "
+                    "in the same `with` block, and no other forward inside backward."
+                )
+            region.repeats[around.run] = index + 1
+            value = region.calls[index]
+        if around.inside:
+            self._store(value, around)
         return value
 
-    def _store(self, value: T, task: int, hooks: list[Hook]) -> bool:
-        frames = _frames(hooks, _FORWARD)
-        for frame in frames:
-            self._frames.setdefault(frame, []).append(value)
-        if torch.is_grad_enabled():
-            return bool(frames)
-        if task not in self._spans:
-            self._spans[task] = []
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(functools.partial(self._end, task))
-        # Numbers are per thread: sorting keeps the search valid should forwards come from two.
-        insort_right(self._spans[task], _Call(value), key=_number)
-        return True
+    def _store(self, value: T, around: Surroundings) -> None:
+        repeats = None if around.repeats is None else weakref.ref(around.repeats)
+        for owner in around.inside:
+            with self._lock:
+                region = self._regions.get(owner)
+                if region is None:
+                    region = self._regions[owner] = _Region(repeats)
+                    if self._on_region is not None:
+                        self._on_region(owner)
+                if region.around != repeats:
+                    raise ReplayError(
+                        "a backward pass runs inside a checkpointed region, so that the region "
+                        "makes calls of two kinds, which its recompute could not tell apart. Run "
+                        "backward outside of checkpointed regions."
+                    )
+                region.calls.append(value)
 
-    def _end(self, task: int) -> None:
-        self._spans.pop(task, None)
 
-    def _by_number(self, task: int) -> T:
-        # A backward inside backward repeats what the recompute around it ran.
-        calls = self._spans[max(t for t in self._spans if t != task)]
-        node = _current_autograd_node()
-        if node is None:  # a callback of the engine: it repeats nothing
-            raise LookupError
-        first = bisect_right(calls, node._sequence_nr(), key=_number)
-        head = calls[first]
-        if head.task != task:
-            head.task, head.repeats = task, 0
-        head.repeats += 1
-        return calls[first + head.repeats - 1].value
-
-    def _by_frame(self, repeating: Hook) -> T:
-        index = self._repeats.get(repeating, 0)
-        self._repeats[repeating] = index + 1
-        (frame,) = _frames([repeating], _RECOMPUTE)
-        return self._frames[frame][index]
+def _which(region: _Region[Any] | None) -> str:
+    return "" if region is None else f" beyond the {len(region.calls)} of its region"
 
 
 # The hook classes of torch/utils/checkpoint.py, 2.1 and newer, which Transformer Engine mirrors in
@@ -140,29 +197,67 @@ class CallLog(Generic[T]):
 _FORWARD = "_checkpoint_hook"
 _RECOMPUTE = "_recomputation_hook"
 _FRAME_VARIABLES = ("frame", "target_frame", "target_frame_ref")
+_UNPACK = "unpack_hook"  # the function from which a non-reentrant region is repeated
+_NAMES = frozenset({"forward", "backward", _UNPACK})
 
 
 def _is(hook: Hook, kind: str) -> bool:
     return getattr(hook, "__qualname__", "").startswith(kind)
 
 
-def _hooks() -> list[Hook]:
-    """The pack hooks on autograd's stack of saved-tensor hooks, innermost first."""
+def _checkpoint_hooks() -> list[Hook]:
+    """The pack hooks of checkpoints on autograd's stack of saved-tensor hooks, innermost first."""
     pairs = []
-    while top := _autograd._top_saved_tensors_default_hooks(True):
-        pairs.append(top)
-        _autograd._pop_saved_tensors_default_hooks()
-    for pack, unpack in reversed(pairs):
-        _autograd._push_saved_tensors_default_hooks(pack, unpack)
-    return [pack for pack, _ in pairs]
+    try:
+        while top := _autograd._top_saved_tensors_default_hooks(True):
+            pairs.append(top)
+            _autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for pack, unpack in reversed(pairs):
+            _autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return [pack for pack, _ in pairs if _is(pack, _FORWARD) or _is(pack, _RECOMPUTE)]
 
 
-def _frames(hooks: list[Hook], kind: str) -> list[Any]:
-    """The frames of the non-reentrant regions that these hooks belong to."""
-    frames = []
-    for hook in hooks:
-        if _is(hook, kind):
-            held = inspect.getclosurevars(inspect.unwrap(hook)).nonlocals  # unwrap dynamo's disable
-            frame = next(held[name] for name in _FRAME_VARIABLES if name in held)
-            frames.append(frame() if callable(frame) else frame)
-    return frames
+def _held(hook: Hook) -> Any:
+    """The frame of the non-reentrant region that a hook belongs to."""
+    inner: Any = hook
+    while hasattr(inner, "__wrapped__"):  # dynamo's disable
+        inner = inner.__wrapped__
+    held = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
+    for name in _FRAME_VARIABLES:
+        if name in held:
+            frame = held[name].cell_contents
+            return frame() if callable(frame) else frame
+    raise ReplayError(
+        f"{hook.__module__}.{hook.__qualname__} holds no variable out of {_FRAME_VARIABLES}, but "
+        f"{sorted(held)}: this checkpoint implementation is not known, so its recompute cannot be "
+        "matched to its forward. Use reentrant checkpoints."
+    )
+
+
+def require_checkpoint_frames() -> None:
+    """Raise unless the frame of torch's non-reentrant checkpoint can be read.
+
+    Raises:
+        UnsupportedMegatronError: torch has other names than those that this module knows.
+    """
+    from torch.utils import checkpoint
+
+    frame = type("Frame", (), {"unpack_error_cb": None})()
+    try:
+        hook = checkpoint._checkpoint_hook(frame).pack_hook
+        again = checkpoint._recomputation_hook(weakref.ref(frame), 0).pack_hook
+        known = _is(hook, _FORWARD) and _is(again, _RECOMPUTE)
+        known = known and _held(hook) is frame and _held(again) is frame
+    except Exception as error:  # whatever a changed class does with our stand-in
+        raise _unknown_checkpoint(f"{type(error).__name__}: {error}") from error
+    if not known:
+        raise _unknown_checkpoint(f"found {hook.__qualname__} and {again.__qualname__}")
+
+
+def _unknown_checkpoint(found: str) -> UnsupportedMegatronError:
+    return UnsupportedMegatronError(
+        f"torch {torch.__version__} has other internals of non-reentrant checkpoints than r3patch "
+        f"knows (torch.utils.checkpoint._checkpoint_hook and _recomputation_hook; {found}), so "
+        "that their recompute could not be matched to its forward. torch 2.6 to 2.13 are tested."
+    )

@@ -1,4 +1,4 @@
-"""What record and replay sessions share: entering, leaving, and the checks before either.
+"""What record and replay sessions share: the checks on entry, the taps, and restoration.
 
 A session binds to the live modules of the given model chunks. It sets each router's
 ``router_replay``, Megatron's own extension point, to a tap; on leaving, by any way, every router is
@@ -9,214 +9,219 @@ from __future__ import annotations
 
 import functools
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import ExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 
-from r3patch._errors import R3PatchError, ReplayError, UnsupportedRoutingError
+from r3patch._errors import R3PatchError, ReplayError
 from r3patch.labels import model as models
-from r3patch.labels.model import RouterInfo
-from r3patch.labels.scope import MAIN, scope_of
+from r3patch.labels.model import MainRouter, RouterInfo
 from r3patch.observe import trace
-from r3patch.observe.stats import ReplayStats, RouterStats
+from r3patch.observe.stats import RouterStats
 from r3patch.sessions import _preflight
-from r3patch.sessions._stream import RecordStream, ReplayStream
+from r3patch.sessions._passes import ForwardPasses, Listener
 from r3patch.sessions._tap import Tap
 
 if TYPE_CHECKING:
-    from r3patch.metrics import ExpertLoad
+    from r3patch.labels.model import Model
+
+__all__ = ["Chunk", "Lifetime", "Plan", "Session", "readable"]
 
 logger = logging.getLogger(__name__)
 
-Stream = TypeVar("Stream", RecordStream, ReplayStream)
-S = TypeVar("S", bound="Session[Any]")
+# From the check that no other session is open to the last tap in place.
+_entering = threading.RLock()
 
 
-class Gate:
-    """Whether a session is open. What outlives the session holds this and nothing more of it."""
+@dataclass
+class Chunk:
+    """A model chunk on entry: its routers, and what the session replays or records of them."""
 
-    def __init__(self) -> None:
+    module: nn.Module
+    index: int
+    routers: list[RouterInfo] = field(default_factory=list)
+    main: list[MainRouter] = field(default_factory=list)
+
+    @property
+    def num_experts(self) -> int | None:
+        """What the model's config says; pruned layers have fewer."""
+        number = getattr(getattr(self.module, "config", None), "num_moe_experts", None)
+        return None if number is None else int(number)
+
+    @property
+    def name(self) -> str:
+        return f"chunk {self.index} ({type(self.module).__qualname__})"
+
+
+@dataclass
+class Plan:
+    """What a session puts into one chunk: a tap for each main router, and what follows passes."""
+
+    chunk: Chunk
+    taps: Sequence[Tap]
+    listener: Listener
+
+
+class Lifetime:
+    """Whether a session is open, and what takes it out of the model. Knows nothing of its data.
+
+    What outlives a session, a hook in the graph for example, holds this.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.open = False
+        self.entered = False
+        self._undo: list[Callable[[], object]] = []
+
+    def undo(self, action: Callable[[], object]) -> None:
+        """Remember how to take back what is done next. Doing it twice must be harmless."""
+        self._undo.append(action)
+
+    def close(self) -> None:
+        """Take everything back, last first; goes on where a KeyboardInterrupt stops it."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self.open = False
+                while self._undo:
+                    self._undo[-1]()
+                    self._undo.pop()
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def collected(self) -> None:
+        """Called when the session object is gone: somebody may have forgotten something."""
+        if self.open:
+            self.close()
+            text = f"a {self.kind} session was open and nobody held it: its routers are restored"
+        elif not self.entered:
+            text = f"a {self.kind} session was never entered: routers ran live"
+        else:
+            self.close()
+            return
+        text += f". Write `with r3patch.{self.kind}(...) as session:` around forward and backward."
+        logger.warning("%s", text)
+        warnings.warn(text, ResourceWarning, stacklevel=2)
 
 
-class Session(ABC, Generic[Stream]):
-    """Entering and leaving: checks, one stream per chunk, one tap per router, restoration."""
+class Session:
+    """A model that was checked, with taps in its routers, for some time."""
 
-    kind = ""
-
-    def __init__(self, model: Any, step: int | None = None) -> None:
+    def __init__(self, kind: str, model: Model, step: int | None) -> None:
         self._chunks = models.chunks(model)
         self._step = step
-        self._streams: list[Stream] = []
-        self._taps: list[tuple[int, Tap]] = []  # with the index of the chunk
-        self._undo = ExitStack()
-        self._gate = Gate()
-        self._entered = False
+        self._taps: list[Tap] = []
+        self._main: list[MainRouter] = []
         self._notes: dict[str, float] = {}
-
-    def __enter__(self: S) -> S:
-        if self._entered:
-            raise ReplayError(f"this {self.kind} session was entered before; open a new one.")
-        self._entered = True
-        try:
-            _preflight.require_extension_point()
-            self._install(self._check_model())
-            self._gate.open = True
-            self._begin()
-        except BaseException as error:
-            self._close()
-            self._trace(error)
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-        try:
-            if error is None:
-                self._end()
-        except ReplayError as failure:
-            error = failure
-            raise
-        finally:
-            self._trace(error)
+        self._lifetime = Lifetime(kind)
+        # At exit of the interpreter, everything is collected: no news then.
+        self._forgotten = weakref.finalize(self, self._lifetime.collected)
+        self._forgotten.atexit = False
 
     def note(self, **numbers: float) -> None:
         """Add numbers of the step (a policy gap, say) to the session's trace record."""
         self._notes.update({name: float(number) for name, number in numbers.items()})
 
-    @property
-    def stats(self) -> ReplayStats:
-        """What the session did so far. Reading measured figures waits for the device."""
-        return ReplayStats(
-            tuple(_router_stats(tap, chunk) for chunk, tap in self._taps),
-            self._token_codes(),
-            sum(stream.seconds for stream in self._streams),
+    def _enter(self, prepare: Callable[[list[Chunk]], list[Plan]]) -> None:
+        """Check the model, prepare, and put the taps in place; or leave no trace in it."""
+        life = self._lifetime
+        if life.entered:
+            raise ReplayError(f"this {life.kind} session was entered before; open a new one.")
+        life.entered = True
+        try:
+            with _entering:
+                plans = prepare(_check(self._chunks, life.kind))
+                for plan in plans:
+                    self._main += plan.chunk.main
+                    self._install(plan)
+                life.open = True
+        except BaseException:
+            life.close()
+            self._forgotten.detach()
+            raise
+        _log_once(life.kind, len(self._main), len(self._taps) - len(self._main))
+
+    def _install(self, plan: Plan) -> None:
+        by_router = {id(tap.info.module): tap for tap in plan.taps}
+        for info in plan.chunk.routers:
+            tap = by_router.get(id(info.module))
+            # Routers that are not replayed keep the fused kernel: theirs are Megatron's own bits.
+            if tap is not None and getattr(info.module.config, "moe_router_fusion", False):
+                self._set(info.module, "config", _preflight.unfused(info.module.config))
+            tap = Tap(info, plan.chunk.index) if tap is None else tap
+            self._set(info.module, "router_replay", tap)
+            self._taps.append(tap)
+        passes = ForwardPasses(plan.chunk.name, plan.listener)
+        self._lifetime.undo(functools.partial(passes.unwatch, plan.chunk.module))
+        passes.watch(plan.chunk.module)
+
+    def _set(self, router: Any, name: str, value: object) -> None:
+        self._lifetime.undo(functools.partial(setattr, router, name, getattr(router, name)))
+        setattr(router, name, value)
+
+    def _leave(self) -> None:
+        self._lifetime.close()
+        self._forgotten.detach()
+
+    def _router_stats(self) -> tuple[RouterStats, ...]:
+        topk = {id(router.module): router.topk for router in self._main}
+        return tuple(
+            RouterStats(
+                tap.info.name,
+                tap.chunk,
+                str(tap.info.scope),
+                tap.info.layer_number,
+                topk=topk.get(id(tap.info.module)) or int(tap.info.module.config.moe_router_topk),
+                **tap.counts(),
+            )
+            for tap in self._taps
         )
 
-    def _check_model(self) -> list[list[RouterInfo]]:
-        """The routers of each chunk, after every check that needs no data."""
-        infos = models.routers(self._chunks)
-        tapped = [
-            info.name
-            for info in infos
-            if isinstance(getattr(info.module, "router_replay", None), Tap)
-        ]
-        if tapped:
-            raise ReplayError(
-                f"{tapped[0]} is in an open session already: sessions on one model do not nest. "
-                "Leave the first `with` block before the second."
-            )
-        models.verify(self._chunks)
-        found = _preflight.problems(self._chunks)
-        for text in sorted({f"{p.setting}: {p.text}" for p in found if p.level == "warning"}):
-            _warn_once(text)
-        _preflight.refuse(found)
-        if not infos and not any(_has_moe(chunk) for chunk in self._chunks):
-            raise UnsupportedRoutingError(
-                "the model has no MoE router and its config no num_moe_experts: there is nothing "
-                f"to {self.kind}. Pass the policy model's chunks."
-            )
-        modules = [set(map(id, chunk.modules())) for chunk in self._chunks]
-        return [[info for info in infos if id(info.module) in own] for own in modules]
-
-    def _install(self, by_chunk: list[list[RouterInfo]]) -> None:
-        for index, (chunk, infos) in enumerate(zip(self._chunks, by_chunk, strict=True)):
-            stream = self._stream([info for info in infos if _replayed(info)])
-            self._streams.append(stream)
-            for info in infos:
-                tap = self._tap(info, stream) if _replayed(info) else Tap(info)
-                self._taps.append((index, tap))
-                self._tap_into(tap)
-            handle = chunk.register_forward_hook(self._after_forward(stream))
-            self._undo.callback(handle.remove)
-        _log_once(
-            self.kind,
-            sum(len(stream.layers) for stream in self._streams),
-            sum(info.scope != MAIN for infos in by_chunk for info in infos),
-        )
-
-    def _tap_into(self, tap: Tap) -> None:
-        router = tap.info.module
-        self._undo.callback(setattr, router, "router_replay", router.router_replay)
-        router.router_replay = tap
-        # Routers that are not replayed keep the fused kernel: theirs are Megatron's own bits.
-        if _replayed(tap.info) and getattr(router.config, "moe_router_fusion", False):
-            self._undo.callback(setattr, router, "config", router.config)
-            router.config = _preflight.unfused(router.config)
-
-    def _close(self) -> None:
-        self._gate.open = False
-        self._undo.close()
-
-    def _trace(self, error: BaseException | None) -> None:
+    def _trace(self, record: Callable[[], Mapping[str, Any]]) -> None:
+        """Write the session's line. An instrument: it stops nothing and hides no other error."""
         if not trace.enabled():
             return
-        # After a failure of the device, reading figures would raise over the first error.
-        readable = error is None or isinstance(error, R3PatchError)
-        record = trace.session(
-            self.kind,
-            step=self._step,
-            stats=self.stats if readable else None,
-            notes=self._notes,
-            expert_load=self._expert_load() if error is None else None,
-            error=error,
-        )
-        trace.write(record)
-
-    # What record and replay do each in their own way.
-
-    @abstractmethod
-    def _stream(self, main: list[RouterInfo]) -> Stream:
-        """The data of one chunk, whose main routers these are."""
-
-    @abstractmethod
-    def _tap(self, info: RouterInfo, stream: Stream) -> Tap:
-        """What a main router asks."""
-
-    @abstractmethod
-    def _after_forward(self, stream: Stream) -> Callable[[Any, Any, Any], None]:
-        """A forward hook for the chunk."""
-
-    @abstractmethod
-    def _end(self) -> None:
-        """On leaving without an exception: raise if the session did less than it should."""
-
-    def _begin(self) -> None:
-        """On entering, when the taps are in place."""
-
-    def _token_codes(self) -> bytes:
-        """See ``ReplayStats.tokens``."""
-        return b""
-
-    def _expert_load(self) -> ExpertLoad | None:
-        return None
+        try:
+            trace.write(record())
+        except Exception:
+            logger.warning("trace: this session's line is missing", exc_info=True)
 
 
-def _router_stats(tap: Tap, chunk: int) -> RouterStats:
-    info = tap.info
-    topk = int(info.module.config.moe_router_topk)
-    scope = scope_of(info.module)
-    return RouterStats(info.name, chunk, scope, info.layer_number, topk=topk, **tap.counts())
+def readable(error: BaseException | None) -> bool:
+    """Whether figures can be read: after a failure of the device, reading them would raise."""
+    return error is None or isinstance(error, R3PatchError)
 
 
-def _replayed(info: RouterInfo) -> bool:
-    return info.scope == MAIN and not _preflight.is_hash_routed(info)
-
-
-def _has_moe(chunk: torch.nn.Module) -> bool:
-    return any(
-        getattr(getattr(module, "config", None), "num_moe_experts", None)
-        for module in chunk.modules()
-    )
+def _check(modules: Sequence[nn.Module], kind: str) -> list[Chunk]:
+    """The chunks with their routers, after every check that needs no data."""
+    _preflight.require_extension_point()
+    _preflight.refuse_twice(modules)
+    found = models.find(modules)
+    _preflight.refuse_shared(found)
+    _preflight.refuse_open_session(found)
+    models.check(found)
+    infos = [router.info for router in found]
+    problems = _preflight.problems(infos)
+    for text in sorted({f"{p.setting}: {p.text}" for p in problems if p.level == "warning"}):
+        _warn_once(text)
+    _preflight.refuse(problems)
+    _preflight.require_moe(modules, infos, kind)
+    chunks = [Chunk(module, index) for index, module in enumerate(modules)]
+    for router, info in zip(found, infos, strict=True):
+        chunk = chunks[router.chunks[0]]
+        chunk.routers.append(info)
+        if _preflight.takes_routes(info):
+            chunk.main.append(MainRouter.of(info))
+    return chunks
 
 
 @functools.cache
@@ -225,5 +230,5 @@ def _warn_once(text: str) -> None:
 
 
 @functools.cache
-def _log_once(kind: str, main: int, mtp: int) -> None:
-    logger.info("%s session: %d main routers, %d routers in scope mtp left alone", kind, main, mtp)
+def _log_once(kind: str, main: int, rest: int) -> None:
+    logger.info("%s session: %d main routers, %d other routers left alone", kind, main, rest)

@@ -208,7 +208,7 @@ def _hybrid(overrides: dict[str, Any]) -> torch.nn.Module:
     )
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    main = HYBRID_PATTERN.split("/")[0]
+    main = HYBRID_PATTERN.partition("/")[0]
     overrides = {"num_layers": len(main), **overrides}
     frequency = [int(symbol == "E") for symbol in main]
     config = tiny_config("nemotron_hybrid", **overrides)

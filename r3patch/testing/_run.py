@@ -45,7 +45,10 @@ def run_ranks(
     for child in children:
         child.start()
     try:
-        return _collect(children, results, timeout)
+        answers = _collect(children, results, timeout)
+        for child in children:
+            child.join(10)  # of itself: its exit handlers run
+        return answers
     finally:
         for child in children:
             child.kill()
@@ -60,8 +63,14 @@ def torchrun(
     Raises:
         subprocess.TimeoutExpired: it did not finish in time. The ranks are ended.
     """
-    package = Path(__file__).parents[2]
-    environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(package)}
+    package, path = Path(__file__).parents[2], [os.environ.get("PYTHONPATH", "")]
+    if package.name != "site-packages":  # found in the working directory, where a rank looks not
+        path.append(str(package))
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+    }
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     process = subprocess.Popen(
         [*launcher, f"--nproc-per-node={ranks}", os.fspath(script), *arguments],

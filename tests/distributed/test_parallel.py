@@ -173,7 +173,7 @@ def check_maps(calls: testing.RoutingCalls, placed: list[Routes], recompute: boo
     seen: dict[tuple[int, bool], list[torch.Tensor]] = {}
     for info, in_backward, grad, inputs, probs, routing_map in list(calls):
         if info.scope == "main":
-            seen.setdefault((info.layer_number, in_backward), []).append(routing_map)
+            seen.setdefault((int(info.layer_number or 0), in_backward), []).append(routing_map)
             continue
         with torch.set_grad_enabled(grad):
             own_probs, own_map = info.module(inputs)

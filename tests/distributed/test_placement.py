@@ -7,23 +7,21 @@ import itertools
 import multiprocessing
 import pickle
 import types
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from receiver import EXPERTS, TOPK, expert, receive
 
 from r3patch import Layout, Routes
 
 PP_SIZE, CP_SIZE, TP_SIZE = 2, 2, 2
-MOE_LAYERS, TOPK, EXPERTS = (2, 3, 5, 6), 2, 64
+MOE_LAYERS = (2, 3, 5, 6)
 LENGTHS = (37, 12, 25)
 CONFIG = types.SimpleNamespace(
     tensor_model_parallel_size=TP_SIZE, context_parallel_size=CP_SIZE, sequence_parallel=True
 )
-
-
-def expert(token: int, layer: int, column: int) -> int:
-    """What the engine chose, computable by anyone."""
-    return (7 * token + 5 * layer + 31 * column) % EXPERTS
 
 
 def samples() -> list[Routes]:
@@ -46,32 +44,13 @@ def nbytes(routes: Routes) -> int:
     return routes.experts.nbytes + (0 if routes.valid is None else routes.valid.nbytes)
 
 
-def worker(received, answers) -> None:
-    """Holds nothing but what it was sent; reports the tokens whose routes it can vouch for."""
-    for message in iter(received.get, None):
-        layers, tokens, routes = pickle.loads(message)
-        assert routes.layers == layers
-        assert routes.num_tokens == len(tokens)
-        valid = torch.ones(len(tokens), 1) if routes.valid is None else routes.valid
-        vouched = []
-        for row, token in enumerate(tokens.tolist()):
-            if not valid[row].all():
-                assert not valid[row].any()
-                continue
-            for column, layer in enumerate(layers):
-                want = [expert(token, layer, k) for k in range(TOPK)]
-                assert routes.experts[row, column].tolist() == want
-            vouched.append(token)
-        answers.put((layers, vouched))
-
-
 @pytest.fixture
-def workers():
+def workers() -> Iterator[tuple[list[Any], Any]]:
     """Two processes with a queue each, and the queue of their answers."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     queues = [context.Queue() for _ in range(2)]
-    processes = [context.Process(target=worker, args=(q, answers), daemon=True) for q in queues]
+    processes = [context.Process(target=receive, args=(q, answers), daemon=True) for q in queues]
     for process in processes:
         process.start()
     yield queues, answers
@@ -83,11 +62,11 @@ def workers():
 
 
 @pytest.mark.distributed
-def test_every_rank_gets_its_own_rows_and_no_others(workers):
+def test_every_rank_gets_its_own_rows_and_no_others(workers: tuple[list[Any], Any]) -> None:
     """Selected and placed on the controller, every row reaches one rank of its stage, once."""
     queues, answers = workers
     whole = samples()
-    ids = list(torch.arange(sum(LENGTHS)).split(LENGTHS))
+    ids = torch.split(torch.arange(sum(LENGTHS)), list(LENGTHS))
     stages = (MOE_LAYERS[:2], MOE_LAYERS[2:])
     ranks = list(itertools.product(stages, range(CP_SIZE), range(TP_SIZE)))
     sent = 0
@@ -104,8 +83,8 @@ def test_every_rank_gets_its_own_rows_and_no_others(workers):
     for layers in stages:
         assert sorted(t for got, tokens in found if got == layers for t in tokens) == fed
     # One byte per id and one per row, each row once but for padding.
-    rows = sum(LENGTHS) * len(MOE_LAYERS)
-    assert sent <= 1.2 * rows * (TOPK + 1)
+    needed = sum(LENGTHS) * len(MOE_LAYERS)
+    assert sent <= 1.2 * needed * (TOPK + 1)
 
 
 @pytest.mark.megatron
@@ -113,7 +92,9 @@ def test_every_rank_gets_its_own_rows_and_no_others(workers):
     "module:megatron.core.transformer.transformer_layer:TransformerLayer._maybe_unflatten_for_moe"
 )
 @pytest.mark.parametrize(("tp_size", "mbs"), [(1, 1), (1, 3), (2, 2), (2, 3)])
-def test_unflattened_packs_are_padded_batches_without_sequence_parallelism(tp_size, mbs):
+def test_unflattened_packs_are_padded_batches_without_sequence_parallelism(
+    tp_size: int, mbs: int
+) -> None:
     """Megatron 0.19.2 reorders equal packed samples to [S, mbs], but not a rank's part of them."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 

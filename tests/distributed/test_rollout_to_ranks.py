@@ -174,7 +174,7 @@ def replay_and_check(
         assert torch.equal(layout.place_ids(numbers[pair], pad=0), place)
 
     routers = r3patch.routers(chunks, "main")
-    layers = [router.layer_number for router in routers]
+    layers = [int(router.layer_number or 0) for router in routers]
     rows = [layout.place([sample.select(layers) for sample in samples[pair]]) for pair in pairs]
     maps: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     for router in routers:

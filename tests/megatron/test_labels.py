@@ -20,7 +20,6 @@ import torch
 import wrapt
 
 import r3patch
-from r3patch import testing
 
 pytest.importorskip("megatron.core")
 
@@ -36,16 +35,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 KNOWN = {field.name for field in fields(TransformerConfig)}
 TWO_AND_TWO = ["main", "main", "mtp", "mtp"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
 
 
 def config(**overrides: Any) -> TransformerConfig:
@@ -83,7 +76,7 @@ def gpt(wrap_mlp: Callable[[Any], Any] | None = None, **overrides: Any) -> GPTMo
     )
 
 
-def moe_builder(mlp: Any, layer: type[MoELayer] = MoELayer, **submodules: Any) -> Any:
+def moe_builder(mlp: Any, layer: Any = MoELayer, **submodules: Any) -> Any:
     """The MoE spec of any release, of another layer class or with other submodules."""
     given = copy.copy(mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules)
     for name, value in submodules.items():
@@ -282,7 +275,8 @@ def plain_moe_layer(model: GPTModel) -> MoELayer:
 
 @pytest.fixture
 def _process_groups_can_be_copied() -> Iterator[None]:
-    copyreg.pickle(torch.distributed.ProcessGroup, lambda group: (type(None), ()))
+    nothing: Any = (type(None), ())
+    copyreg.pickle(torch.distributed.ProcessGroup, lambda group: nothing)
     yield
     del copyreg.dispatch_table[torch.distributed.ProcessGroup]
 

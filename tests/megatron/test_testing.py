@@ -40,7 +40,8 @@ def state() -> dict[str, Any]:
     found["new"] = vars(WrappedTorchNorm)["__new__"]
     found["distributed"] = torch.distributed.is_initialized()
     found["parallel"] = parallel_state.model_parallel_is_initialized()
-    found["mode"] = torch.overrides._get_current_function_mode_stack()
+    modes: Any = torch.overrides._get_current_function_mode_stack
+    found["mode"] = modes()
     return found
 
 
@@ -111,7 +112,7 @@ def test_every_shape_replays(shape: str) -> None:
         chunks = testing.tiny_model(shape)
         testing.seed_parameters(chunks)
         infos = r3patch.routers(chunks)
-        config = chunks[0].config
+        config: Any = chunks[0].config
         (batch,) = testing.random_batches(num_microbatches=1)
         layers = r3patch.moe_layers(config)
         assert layers == tuple(i.layer_number for i in infos if i.scope == "main")

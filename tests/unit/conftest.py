@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 FAKES = Path(__file__).parent / "fake_megatron"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +35,7 @@ def fresh(_forkserver: subprocess.Popen[str]) -> Callable[..., str]:
     """
 
     def run(code: str, generation: str = "v017", first: Path | None = None, **env: str) -> str:
-        path = [*([first] if first else []), FAKES / generation, FAKES, ROOT]
+        path = [*([first] if first else []), FAKES / generation, FAKES]
         job = {"code": textwrap.dedent(code), "path": [str(p) for p in path], "env": env}
         assert _forkserver.stdin is not None
         assert _forkserver.stdout is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +71,39 @@ def test_unknown_variables_are_refused() -> None:
         "R3PATCH_DISABLE, R3PATCH_MEASURE, R3PATCH_NATIVE, R3PATCH_TRACE. Unset it or correct its "
         "name."
     )
+
+
+def test_override() -> None:
+    """Fields have other values inside the block, nested too, and their own again after it."""
+    before = _config.CONFIG
+    with _config.override(native="leave") as config:
+        assert config is _config.CONFIG
+        with _config.override(bridges=("verl",)):
+            assert (_config.CONFIG.native, _config.CONFIG.bridges) == ("leave", ("verl",))
+        assert _config.CONFIG is config
+    assert _config.CONFIG is before
+
+
+def test_override_ends_with_an_exception() -> None:
+    """A block that raises gives the configuration back."""
+    before = _config.CONFIG
+    with pytest.raises(KeyError), _config.override(measure=True):
+        raise KeyError
+    assert _config.CONFIG is before
+
+
+def test_override_of_an_unknown_field() -> None:
+    """A misspelt field is an error, as a misspelt variable is."""
+    with pytest.raises(TypeError, match="mesure"), _config.override(mesure=True):
+        pass
+
+
+def test_nobody_keeps_a_configuration_of_his_own() -> None:
+    """Every module reads ``_config.CONFIG`` when it needs it, so that an override reaches it."""
+    package = Path(_config.__file__).parent
+    importers = [
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if re.search(r"from r3patch\._config import .*\bCONFIG\b", file.read_text())
+    ]
+    assert importers == []

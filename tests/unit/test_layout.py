@@ -6,11 +6,12 @@ import dataclasses
 import math
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from microbatches import Case, layouts
 
 from r3patch import Layout, Routes, RoutesError
 
@@ -74,33 +75,9 @@ def oracle(layout: Layout, lengths: list[int]) -> list[tuple[int, int] | None]:
     return mine
 
 
-@st.composite
-def layouts(draw: st.DrawFn) -> tuple[Layout, list[int]]:
-    """A layout that can cut every microbatch, and the lengths of one."""
-    tp, cp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4]))
-    lengths = draw(st.lists(st.integers(0, 21), min_size=1, max_size=5))
-    fields = {
-        "tp_size": tp,
-        "tp_rank": draw(st.integers(0, tp - 1)),
-        "cp_size": cp,
-        "cp_rank": draw(st.integers(0, cp - 1)),
-        "sequence_parallel": draw(st.booleans()),
-        "packed": draw(st.booleans()),
-        "cp_order": draw(st.sampled_from(["zigzag", "contiguous"])),
-    }
-    even = 2 * cp * tp
-    if fields["packed"]:
-        fields["align"] = draw(st.sampled_from([1, 2, 3, 8]))
-        fields["pad_to_multiple"] = even * draw(st.integers(1, 3))
-    else:
-        fields["seq_length"] = even * draw(st.integers(math.ceil(21 / even), 12))
-        fields["padding_side"] = draw(st.sampled_from(["right", "left"]))
-    return Layout(**fields), lengths
-
-
 @settings(max_examples=300, deadline=None)
 @given(layouts())
-def test_place_puts_every_token_where_the_definition_does(case):
+def test_place_puts_every_token_where_the_definition_does(case: Case) -> None:
     """Rows, validity and layers of every placed row are those of the oracle's token."""
     layout, lengths = case
     samples = [sample(number, length) for number, length in enumerate(lengths)]
@@ -109,16 +86,18 @@ def test_place_puts_every_token_where_the_definition_does(case):
     assert placed.num_tokens == len(expected)
     assert (placed.layers, placed.num_experts) == (LAYERS, EXPERTS)
     for row, where in enumerate(expected):
-        known = where is not PAD and where[1] < lengths[where[0]] - 1
+        known = where is not None and where[1] < lengths[where[0]] - 1
         valid = placed.valid is None or bool(placed.valid[row].all())
         assert valid == known
-        want = samples[where[0]].experts[where[1]] if known else torch.zeros(len(LAYERS), TOPK)
+        want = torch.zeros(len(LAYERS), TOPK)
+        if known and where is not None:
+            want = samples[where[0]].experts[where[1]]
         assert placed.experts[row].tolist() == want.tolist()
 
 
 @settings(max_examples=200, deadline=None)
 @given(layouts())
-def test_place_ids_names_the_token_of_every_row(case):
+def test_place_ids_names_the_token_of_every_row(case: Case) -> None:
     """place_ids gives the oracle's token for every row and the pad elsewhere."""
     layout, lengths = case
     ids = [torch.arange(length) + 100 * number for number, length in enumerate(lengths)]
@@ -128,10 +107,10 @@ def test_place_ids_names_the_token_of_every_row(case):
 
 @settings(max_examples=100, deadline=None)
 @given(layouts())
-def test_the_ranks_together_hold_every_token_once(case):
+def test_the_ranks_together_hold_every_token_once(case: Case) -> None:
     """Over all ranks no token is lost and none is there twice."""
     layout, lengths = case
-    ids = list(torch.arange(sum(lengths)).split(lengths))
+    ids = list(torch.arange(sum(lengths)).split_with_sizes(lengths))
     tp_ranks = range(layout.tp_size) if layout.sequence_parallel else [0]
     parts = [
         dataclasses.replace(layout, cp_rank=c, tp_rank=t).place_ids(ids)
@@ -143,20 +122,20 @@ def test_the_ranks_together_hold_every_token_once(case):
     assert sorted(everything[everything >= 0].tolist()) == list(range(sum(lengths)))
 
 
-def test_context_parallel_alignment_applies_only_with_context_parallelism():
+def test_context_parallel_alignment_applies_only_with_context_parallelism() -> None:
     """One context-parallel rank has no zigzag, so an odd sample gets no padding."""
     assert Layout().place([sample(0, 5)]).num_tokens == 5
     assert Layout(cp_size=2).place([sample(0, 5)]).num_tokens == 4
 
 
-def test_a_padded_batch_is_sequence_major():
+def test_a_padded_batch_is_sequence_major() -> None:
     """With two samples per microbatch their tokens alternate, as Megatron's flatten has them."""
     layout = Layout(packed=False, seq_length=3)
     ids = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
     assert layout.place_ids(ids).tolist() == [1, 4, 2, 5, 3, -1]
 
 
-def test_equal_samples_padded_are_the_unflattened_pack():
+def test_equal_samples_padded_are_the_unflattened_pack() -> None:
     """Megatron 0.19.2 turns a pack of equal samples into [S, mbs]: the padded order."""
     ids = [torch.arange(6) + 10 * number for number in range(3)]
     pack = Layout().place_ids(ids)
@@ -164,7 +143,7 @@ def test_equal_samples_padded_are_the_unflattened_pack():
     assert torch.equal(Layout(packed=False, seq_length=6).place_ids(ids), unflattened)
 
 
-def test_zigzag_by_hand():
+def test_zigzag_by_hand() -> None:
     """Rank r of 2 has chunks r and 3 - r of each sample, and half of the tail."""
     ids = [torch.arange(8), torch.arange(3) + 20]
     first, second = (
@@ -174,7 +153,7 @@ def test_zigzag_by_hand():
     assert second == [2, 3, 4, 5, 21, 22, -1, -1]
 
 
-def test_contiguous_cuts_the_whole_microbatch_after_its_tail():
+def test_contiguous_cuts_the_whole_microbatch_after_its_tail() -> None:
     """With contiguous context parallelism only the last ranks see the tail."""
     ids = [torch.arange(3), torch.arange(2) + 20]
     parts = [
@@ -184,7 +163,7 @@ def test_contiguous_cuts_the_whole_microbatch_after_its_tail():
     assert [part.tolist() for part in parts] == [[0, 1, 2, 20], [21, -1, -1, -1]]
 
 
-def test_a_placed_part_holds_its_own_memory():
+def test_a_placed_part_holds_its_own_memory() -> None:
     """Pickling a part sends that part only, not the sample that it was cut from."""
     placed = Layout(cp_size=2, cp_order="contiguous").place([sample(0, 20)])
     assert placed.experts.untyped_storage().nbytes() == placed.experts.nbytes
@@ -210,13 +189,13 @@ def test_a_placed_part_holds_its_own_memory():
         ),
     ],
 )
-def test_impossible_fields_are_refused(fields, message):
+def test_impossible_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     """A layout that no batch can have does not get built."""
     with pytest.raises(RoutesError, match=message):
         Layout(**fields)
 
 
-def test_tokens_that_cannot_be_cut_are_refused():
+def test_tokens_that_cannot_be_cut_are_refused() -> None:
     """An uneven cut names the number of tokens and the field to set."""
     uneven = Layout(tp_size=2, sequence_parallel=True)
     with pytest.raises(RoutesError, match=r"5 tokens cannot be cut over tp_size=2.*pad_to_mult"):
@@ -226,13 +205,13 @@ def test_tokens_that_cannot_be_cut_are_refused():
         uneven.place([sample(0, 5)])
 
 
-def test_a_sample_longer_than_the_row_is_refused():
+def test_a_sample_longer_than_the_row_is_refused() -> None:
     """Truncation is the user's decision: place does not drop tokens."""
     with pytest.raises(RoutesError, match="sample 1 has 9 tokens, more than seq_length=8"):
         Layout(packed=False, seq_length=8).place([sample(0, 3), sample(1, 9)])
 
 
-def test_unlike_samples_are_refused():
+def test_unlike_samples_are_refused() -> None:
     """Samples with other layers cannot share a microbatch."""
     with pytest.raises(RoutesError, match=r"the samples differ in .*Routes.select"):
         Layout().place([sample(0, 3), sample(1, 3).select((5,))])
@@ -248,7 +227,7 @@ class Config:
     sequence_parallel = True
 
 
-def test_from_megatron_takes_sizes_from_the_config_and_given_ranks():
+def test_from_megatron_takes_sizes_from_the_config_and_given_ranks() -> None:
     """On a controller the ranks are given, and nothing of Megatron is needed."""
     layout = Layout.from_megatron(Config, tp_rank=3, cp_rank=1, align=8)
     assert layout == Layout(
@@ -256,7 +235,9 @@ def test_from_megatron_takes_sizes_from_the_config_and_given_ranks():
     )
 
 
-def test_from_megatron_takes_the_ranks_of_an_initialised_parallel_state(monkeypatch):
+def test_from_megatron_takes_the_ranks_of_an_initialised_parallel_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Inside a training process the ranks come from Megatron."""
     state = types.SimpleNamespace(
         model_parallel_is_initialized=lambda: True,
@@ -268,7 +249,7 @@ def test_from_megatron_takes_the_ranks_of_an_initialised_parallel_state(monkeypa
     assert (layout.tp_rank, layout.cp_rank) == (2, 1)
 
 
-def test_from_megatron_asks_for_a_rank_that_nobody_knows(monkeypatch):
+def test_from_megatron_asks_for_a_rank_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 is never assumed where there are several."""
     monkeypatch.delitem(sys.modules, "megatron.core.parallel_state", raising=False)
     with pytest.raises(RoutesError, match="not initialised: give cp_rank"):

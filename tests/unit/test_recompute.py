@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from r3patch import ReplayError
-from r3patch.sessions._recompute import CallLog, in_backward
+from r3patch import ReplayError, UnsupportedMegatronError
+from r3patch.sessions import _recompute
+from r3patch.sessions._recompute import (
+    CallLog,
+    in_backward,
+    require_checkpoint_frames,
+    surroundings,
+)
 
 
 class Router(torch.nn.Module):
@@ -25,25 +33,28 @@ class Router(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if in_backward():
-            value = self.log.recompute("router")
+            value = self.log.recompute("router", surroundings())
             self.recomputed.append(value)
         else:
             value = self.forwards
-            self.log.forward(value)
+            self.log.forward(value, surroundings())
             self.forwards += 1
         # The tensor remembers which value it was made with: the gradient shows a wrong match.
         return (x * self.weight * (value + 1)).sin()
+
+
+Run = Callable[[Callable[..., torch.Tensor], torch.Tensor], Any]
 
 
 def leaf() -> torch.Tensor:
     return torch.full((2,), 0.1, requires_grad=True)
 
 
-def reentrant(f: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def reentrant(f: Callable[..., torch.Tensor], x: torch.Tensor) -> Any:
     return checkpoint(f, x, use_reentrant=True)
 
 
-def non_reentrant(f: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def non_reentrant(f: Callable[..., torch.Tensor], x: torch.Tensor) -> Any:
     return checkpoint(f, x, use_reentrant=False)
 
 
@@ -57,7 +68,7 @@ MIXED = pytest.mark.parametrize("outer", [reentrant, non_reentrant])
 
 @BOTH
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_several_forwards_before_their_backwards(run, order) -> None:
+def test_several_forwards_before_their_backwards(run: Run, order: tuple[int, ...]) -> None:
     """Whatever the order of the backwards, each recompute gets its own forward's value."""
     router = Router()
     losses = [run(router, leaf()).sum() for _ in range(3)]
@@ -67,10 +78,14 @@ def test_several_forwards_before_their_backwards(run, order) -> None:
 
 
 @BOTH
-def test_evaluation_passes_in_between(run) -> None:
+def test_evaluation_passes_in_between(run: Run) -> None:
     """Evaluation passes before, between and after shift nothing."""
     router = Router()
-    evaluate = torch.no_grad()(lambda: router(leaf()))
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            router(leaf())
+
     evaluate()
     first = run(router, leaf()).sum()  # value 1
     evaluate()
@@ -84,7 +99,7 @@ def test_evaluation_passes_in_between(run) -> None:
 
 
 @BOTH
-def test_chunks_of_one_region(run) -> None:
+def test_chunks_of_one_region(run: Run) -> None:
     """Calls of one region, a chunked MLP, are repeated in their order."""
     router = Router()
 
@@ -98,7 +113,7 @@ def test_chunks_of_one_region(run) -> None:
 
 
 @BOTH
-def test_one_backward_over_several_regions(run) -> None:
+def test_one_backward_over_several_regions(run: Run) -> None:
     """One backward through many regions repeats each with its own value, last region first."""
     router = Router()
     x = leaf()
@@ -110,12 +125,13 @@ def test_one_backward_over_several_regions(run) -> None:
 
 @MIXED
 @BOTH
-def test_nested_regions(outer, run) -> None:
+def test_nested_regions(outer: Run, run: Run) -> None:
     """A recompute inside a recompute gets the value of the forward call, not of a later one."""
     router = Router()
 
-    def layers(x: torch.Tensor) -> torch.Tensor:
-        return run(router, run(router, x))
+    def layers(x: torch.Tensor) -> Any:
+        y: torch.Tensor = run(router, run(router, x))
+        return y
 
     losses = [outer(layers, leaf()).sum() for _ in range(2)]
     for loss in reversed(losses):
@@ -128,13 +144,13 @@ def test_nested_regions(outer, run) -> None:
 
 @MIXED
 @BOTH
-def test_nested_gradients_equal_the_plain_run(outer, run) -> None:
+def test_nested_gradients_equal_the_plain_run(outer: Run, run: Run) -> None:
     """Nested checkpoints give the gradients of the run without any, so every value was right."""
 
-    def gradients(outer, run) -> list[torch.Tensor]:
+    def gradients(outer: Run, run: Run) -> list[Any]:
         router, inputs = Router(), [leaf() for _ in range(3)]
 
-        def layers(x: torch.Tensor) -> torch.Tensor:
+        def layers(x: torch.Tensor) -> Any:
             return run(router, torch.cat([run(router, piece) for piece in x.chunk(2)]))
 
         losses = [outer(layers, x).sum() for x in inputs]
@@ -148,7 +164,7 @@ def test_nested_gradients_equal_the_plain_run(outer, run) -> None:
 
 
 @BOTH
-def test_backward_in_another_thread(run) -> None:
+def test_backward_in_another_thread(run: Run) -> None:
     """The log is state of an object: a backward in another thread finds it."""
     router = Router()
     losses = [run(router, leaf()).sum() for _ in range(2)]
@@ -159,8 +175,127 @@ def test_backward_in_another_thread(run) -> None:
     assert router.recomputed == [1, 0]
 
 
+@MIXED
 @BOTH
-def test_two_backwards_of_one_graph(run) -> None:
+def test_two_backwards_at_the_same_time(outer: Run, run: Run) -> None:
+    """Recomputes that run side by side, held against each other at every call, take their own."""
+    router = Router()
+    meet = threading.Barrier(2, timeout=60)
+
+    def layers(x: torch.Tensor) -> Any:
+        if in_backward():
+            meet.wait()
+        return run(router, x).exp()
+
+    inputs = [leaf() for _ in range(2)]
+    threads = [threading.Thread(target=outer(layers, x).sum().backward) for x in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = []
+    for value in range(2):
+        x = leaf()
+        (x * (value + 1)).sin().exp().sum().backward()
+        expected.append(x.grad)
+    for x, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(x.grad, want)
+
+
+@BOTH
+def test_threads_of_their_own(run: Run) -> None:
+    """Each thread numbers its nodes from 0: forwards and backwards in fresh threads match."""
+    router, inputs = Router(), [leaf() for _ in range(3)]
+    losses: list[torch.Tensor] = []
+
+    def forward(x: torch.Tensor) -> None:
+        losses.append(run(router, x).sum())
+
+    def in_thread(call: Callable[[], object]) -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    for x in inputs:
+        in_thread(functools.partial(forward, x))
+    for index in (1, 0, 2):
+        in_thread(losses[index].backward)
+    assert router.recomputed == [1, 0, 2]
+
+
+@MIXED
+@BOTH
+def test_a_failed_backward_and_then_another(outer: Run, run: Run) -> None:
+    """Two forwards are outstanding; the backward of one fails in a nested recompute."""
+    router = Router()
+
+    def layers(x: torch.Tensor) -> Any:
+        return run(router, run(router, x)).exp()
+
+    first, second = (outer(layers, x).sum() for x in (leaf(), leaf()))
+    handle = router.weight.register_hook(_fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        first.backward()
+    handle.remove()
+    router.recomputed.clear()
+    second.backward()
+    assert set(router.recomputed) <= {2, 3}
+
+
+def _fail(grad: torch.Tensor) -> None:
+    raise RuntimeError("out of memory")
+
+
+@BOTH
+def test_a_forward_inside_a_backward_hook_repeats_nothing(run: Run) -> None:
+    """It is not taken for the recompute of the region whose backward is on the stack."""
+    router = Router()
+    x = leaf()
+    y = run(router, x)
+    y.register_hook(lambda grad: router(leaf()) and None)
+    with pytest.raises(ReplayError, match="no other forward inside backward"):
+        y.sum().backward()
+
+
+def with_a_backward_inside(run: Run, router: Router) -> Callable[[torch.Tensor], torch.Tensor]:
+    def region(x: torch.Tensor) -> Any:
+        y = router(x)
+        run(router, leaf()).sum().backward()
+        return router(y).exp()
+
+    return region
+
+
+def test_a_backward_inside_a_region() -> None:
+    """Its recomputes are its own, and the region's calls are repeated without them."""
+
+    def gradient(outer: Run, inner: Run) -> Any:
+        router, x = Router(), leaf()
+        outer(with_a_backward_inside(inner, router), x).sum().backward()
+        return x.grad
+
+    torch.testing.assert_close(gradient(non_reentrant, non_reentrant), gradient(plain, plain))
+
+
+def test_a_backward_inside_a_region_that_cannot_be_told_apart() -> None:
+    """Its recomputes and the region's own calls would be one list: refused at once."""
+    router = Router()
+    with pytest.raises(ReplayError, match="a backward pass runs inside a checkpointed region"):
+        non_reentrant(with_a_backward_inside(reentrant, router), leaf())
+
+
+def test_an_unknown_checkpoint_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that holds the frame by another variable is named on entry, not a StopIteration."""
+    require_checkpoint_frames()
+    monkeypatch.setattr(_recompute, "_FRAME_VARIABLES", ("elsewhere",))
+    with pytest.raises(UnsupportedMegatronError, match="holds no variable out of"):
+        require_checkpoint_frames()
+    with pytest.raises(ReplayError, match="this checkpoint implementation is not known"):
+        non_reentrant(Router(), leaf())
+
+
+@BOTH
+def test_two_backwards_of_one_graph(run: Run) -> None:
     """With retain_graph a region is recomputed again, with the same value."""
     router = Router()
     kept, other = run(router, leaf()).sum(), run(router, leaf()).sum()
@@ -171,11 +306,11 @@ def test_two_backwards_of_one_graph(run) -> None:
 
 
 @BOTH
-def test_backward_that_fails_leaves_nothing_behind(run) -> None:
+def test_backward_that_fails_leaves_nothing_behind(run: Run) -> None:
     """After an exception in the middle of a backward the next steps match as ever."""
     router = Router()
 
-    def failing(x: torch.Tensor) -> torch.Tensor:
+    def failing(x: torch.Tensor) -> Any:
         y = router(x)
         if in_backward():
             raise RuntimeError("boom")
@@ -198,9 +333,10 @@ def test_a_recompute_without_a_forward_is_refused() -> None:
         loss.backward()
 
 
-def test_ended_backwards_free_their_calls() -> None:
-    """What a recompute stores for nested ones goes when its backward ends."""
+@BOTH
+def test_ended_backwards_free_their_calls(run: Run) -> None:
+    """What no backward can repeat any more is gone, in nested regions too."""
     router = Router()
     for _ in range(3):
-        reentrant(router, leaf()).sum().backward()
-    assert list(router.log._spans) == [-1]
+        run(lambda x: run(router, run(router, x)), leaf()).sum().backward()
+    assert len(router.log) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from r3patch.rows.spread import spread_rows
 
 
 @st.composite
-def sizes(draw: st.DrawFn):
+def sizes(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
     """Any block size, expert-parallel size, topk, number of rows and start."""
     ep_size = draw(st.sampled_from([1, 2, 4, 8]))
     num_experts = ep_size * draw(st.integers(1, 40))
@@ -26,7 +28,7 @@ def difference(loads: torch.Tensor) -> int:
 
 @settings(max_examples=300, deadline=None)
 @given(sizes())
-def test_loads_differ_by_one_at_most(case):
+def test_loads_differ_by_one_at_most(case: Any) -> None:
     """Over experts and over expert-parallel ranks, whatever the number of rows."""
     num_rows, topk, num_experts, first, ep_size = case
     rows = spread_rows(num_rows, topk, num_experts, first=first, ep_size=ep_size)
@@ -37,7 +39,7 @@ def test_loads_differ_by_one_at_most(case):
 
 @settings(max_examples=200, deadline=None)
 @given(sizes())
-def test_rows_are_routes(case):
+def test_rows_are_routes(case: Any) -> None:
     """Every row has topk distinct ids in range, as int64."""
     num_rows, topk, num_experts, first, ep_size = case
     rows = spread_rows(num_rows, topk, num_experts, first=first, ep_size=ep_size)
@@ -49,7 +51,7 @@ def test_rows_are_routes(case):
 
 @settings(max_examples=100, deadline=None)
 @given(sizes(), st.integers(0, 30))
-def test_first_goes_on_where_earlier_rows_ended(case, more):
+def test_first_goes_on_where_earlier_rows_ended(case: Any, more: Any) -> None:
     """Filling in two steps gives the rows of one step."""
     num_rows, topk, num_experts, first, ep_size = case
     whole = spread_rows(num_rows + more, topk, num_experts, first=first, ep_size=ep_size)
@@ -67,7 +69,9 @@ def test_first_goes_on_where_earlier_rows_ended(case, more):
         (2, 8, 0, "ep_size=0"),
     ],
 )
-def test_sizes_that_cannot_be_spread_are_refused(topk, experts, ep_size, message):
+def test_sizes_that_cannot_be_spread_are_refused(
+    topk: int, experts: Any, ep_size: int, message: Any
+) -> None:
     """Repeated experts in a row are never the answer."""
     with pytest.raises(RoutesError, match=message):
         spread_rows(4, topk, experts, ep_size=ep_size)

@@ -8,11 +8,12 @@ import json
 import os
 import sys
 import traceback
+from typing import Any
 
 import torch.nn  # noqa: F401
 
 
-def run(job, output):
+def run(job: dict[str, Any], output: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(job["env"])

@@ -2,33 +2,34 @@
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 ROUTER = "megatron.core.transformer.moe.router"
 MTP = "megatron.core.transformer.multi_token_prediction"
 
 
-def build(num_layers=2, mtp_num_layers=2, **kwargs):
+def build(num_layers: int = 2, mtp_num_layers: int = 2, **kwargs: Any) -> Any:
     from megatron.core.models import GPTModel
 
     config = SimpleNamespace(num_layers=num_layers, mtp_num_layers=mtp_num_layers)
     return GPTModel(config, **kwargs)
 
 
-def labels(model):
+def labels(model: Any) -> list[str | None]:
     """The label of every router, main model first; None where there is none."""
     router = sys.modules[ROUTER].Router
     found = [module for module in model.modules() if isinstance(module, router)]
     return [getattr(module, "r3_scope", None) for module in found]
 
 
-def classes():
+def classes() -> tuple[Any, Any, Any]:
     import megatron.core.transformer.moe.router as router
     import megatron.core.transformer.multi_token_prediction as mtp
 
     return router.TopKRouter, mtp.MultiTokenPredictionBlock, mtp.MultiTokenPredictionLayer
 
 
-def layers(cls):
+def layers(cls: type) -> int:
     """How many wrapt wrappers are around the constructor of a class."""
     import wrapt
 
@@ -38,7 +39,7 @@ def layers(cls):
     return count
 
 
-def states():
+def states() -> list[str]:
     import r3patch
 
     return [target.state for target in r3patch.status().targets]

@@ -1,0 +1,141 @@
+"""The rows of one microbatch for the routers of one chunk, on the host and on the device.
+
+Host rows are narrow (``uint8`` or ``int16``), only of this chunk's layers, and the session's own: a
+caller may write into the ``Routes`` it gave. They travel in one buffer, by one copy that does not
+block, together with the positions of the rows without routes. Widening to ``int64`` is the tap's,
+call by call.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from r3patch.labels.model import MainRouter
+from r3patch.metrics import ExpertLoad, expert_load
+from r3patch.rows.fit import Missing
+from r3patch.rows.routes import Routes
+from r3patch.rows.spread import spread_missing
+
+__all__ = ["DeviceRows", "Microbatch"]
+
+_ALIGN = 8  # bytes: where a section of the buffer may begin, for any dtype to view it
+
+
+class DeviceRows(NamedTuple):
+    """What the routers of a chunk take, on their device; an entry per layer."""
+
+    ids: tuple[torch.Tensor, ...]
+    """``[num_tokens, topk]``, narrow."""
+    gaps: tuple[torch.Tensor | None, ...]
+    """``[num_gaps] int64``: the rows in which Megatron chooses; None where there are none."""
+
+
+class Microbatch:
+    """The rows of one microbatch for the main routers of one chunk.
+
+    Args:
+        routes: with a column for each of ``routers``.
+        routers: the main routers of the chunk.
+        missing: ``"spread"`` gives rows without routes experts of their own; otherwise they are
+            gaps, in which Megatron chooses.
+        ep_size: expert-parallel ranks to spread over.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        routers: Sequence[MainRouter],
+        *,
+        missing: Missing = "live",
+        ep_size: int = 1,
+    ) -> None:
+        self.num_tokens = routes.num_tokens
+        self.spread = missing == "spread"
+        routes = routes.select([router.layer_number for router in routers])
+        rows = routes.experts.permute(1, 0, 2)
+        gaps = list(_gaps(routes.valid, len(routers)))
+        if self.spread:
+            rows = rows.clone()  # never into the caller's
+            experts = [router.num_experts for router in routers]
+            spread_missing(rows, gaps, experts, ep_size=ep_size)
+        # Each different tensor of positions travels once.
+        different = {id(positions): positions for positions in gaps if positions is not None}
+        self._buffer, (self._rows, *packed) = _pack([rows, *different.values()])
+        packed_as = dict(zip(different, packed, strict=True))
+        self._gaps = [packed_as.get(id(positions)) for positions in gaps]
+        self.on_device: DeviceRows | None = None
+
+    def to_device(self, device: torch.device) -> DeviceRows:
+        """Copy the rows without blocking, or give those that are there already."""
+        if self.on_device is None:
+            buffer = self._buffer.to(device, non_blocking=True)
+            moved = {
+                id(host): _moved(host, buffer)
+                for host in (self._rows, *self._gaps)
+                if host is not None
+            }
+            gaps = tuple(
+                None if host is None or self.spread else moved[id(host)] for host in self._gaps
+            )
+            self.on_device = DeviceRows(moved[id(self._rows)].unbind(0), gaps)
+        return self.on_device
+
+    def gaps_between(self, column: int, start: int, stop: int) -> tuple[int, int]:
+        """Which of a layer's rows without routes lie in ``start:stop`` (asked on the host)."""
+        positions = self._gaps[column]
+        if positions is None:
+            return 0, 0
+        if stop - start == self.num_tokens:
+            return 0, len(positions)
+        first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+        return first, last
+
+    def expert_load(self, routes: Routes, layers: Sequence[int]) -> ExpertLoad:
+        """The load of the rollout's rows, and of spread ones as padding; gaps have no ids.
+
+        Args:
+            routes: those that this microbatch was made from.
+            layers: the layer number of each of its routers.
+        """
+        routes = routes.select(layers)
+        load = expert_load(routes)
+        if not self.spread or routes.valid is None:
+            return load
+        rows, invalid = self._rows.permute(1, 0, 2), ~routes.valid
+        filled = Routes(rows, routes.layers, invalid, num_experts=routes.num_experts)
+        return ExpertLoad(load.layers, load.real, expert_load(filled).real, load.invalid)
+
+
+def _gaps(valid: torch.Tensor | None, num_layers: int) -> Iterator[torch.Tensor | None]:
+    """The rows without routes of each layer; layers with the same ones share a tensor."""
+    previous: torch.Tensor | None = None
+    gaps: torch.Tensor | None = None
+    for index in range(num_layers):
+        rows = None if valid is None else valid[:, index]
+        if rows is not None and (previous is None or not torch.equal(rows, previous)):
+            positions = (~rows).nonzero().squeeze(1)
+            gaps, previous = (positions if len(positions) else None), rows
+        yield gaps
+
+
+def _pack(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A buffer that holds copies of all parts, pinned where CUDA is there, and views of them."""
+    sizes = [part.numel() * part.element_size() for part in parts]
+    starts = [0, *itertools.accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    views = []
+    for part, start, size in zip(parts, starts, sizes, strict=False):
+        view = buffer[start : start + size].view(part.dtype).view(part.shape)
+        views.append(view.copy_(part))
+    return buffer, views
+
+
+def _moved(view: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """The same part of another copy of the buffer."""
+    start = view.storage_offset() * view.element_size()
+    size = view.numel() * view.element_size()
+    return buffer[start : start + size].view(view.dtype).view(view.shape)

@@ -1,0 +1,92 @@
+"""Where a forward pass of a chunk begins and ends, and whether it ended well.
+
+The routers of a chunk take a microbatch together or not at all, and a pass that an exception ends
+is as if it had not been: its retry takes the same rows. Schedules that call a chunk layer by layer
+(combined 1F1B, megatron/core/models/common/model_chunk_schedule_plan.py) never call its forward;
+there no pass is known, and what the routers ask for has to speak for itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from r3patch._errors import ReplayError
+from r3patch.sessions._recompute import in_recompute
+
+__all__ = ["ForwardPasses", "Listener"]
+
+
+class Listener(Protocol):
+    """What follows the passes of a chunk."""
+
+    def begin(self) -> None:
+        """A forward pass begins."""
+
+    def commit(self) -> None:
+        """It has returned."""
+
+    def rollback(self) -> None:
+        """It has raised: what it has done since `begin` is to be undone."""
+
+
+class ForwardPasses:
+    """Tells a listener of the forward passes of one chunk, but not of those inside backward."""
+
+    def __init__(self, name: str, listener: Listener) -> None:
+        self._name = name
+        self._listener = listener
+        self._thread: threading.Thread | None = None  # the one that runs the pass that is open
+
+    def watch(self, chunk: nn.Module) -> None:
+        """Hook the chunk."""
+        chunk = _innermost(chunk)
+        chunk.register_forward_pre_hook(self._begin)
+        chunk.register_forward_hook(self._commit)
+        chunk.register_forward_hook(self._end, always_call=True)
+
+    def unwatch(self, chunk: nn.Module) -> None:
+        """Take away what hooks of `watch` there are: it may have been interrupted."""
+        chunk = _innermost(chunk)
+        for hooks in (chunk._forward_pre_hooks, chunk._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                hooks.pop(key)
+                chunk._forward_hooks_always_called.pop(key, None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, chunk: Any, args: Any) -> None:
+        if in_recompute():
+            return  # the recompute of a checkpoint around the whole chunk
+        here = threading.current_thread()
+        if self._thread is not None and self._thread is not here and self._thread.is_alive():
+            raise ReplayError(
+                f"two threads ({self._thread.name} and {here.name}) run a forward pass of "
+                f"{self._name} at the same time: which of them takes which microbatch is not "
+                "known. Run one after the other."
+            )
+        if self._thread is not None:  # left by an exception that calls no hook: KeyboardInterrupt
+            self._listener.rollback()
+        self._thread = here
+        self._listener.begin()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _commit(self, chunk: Any, args: Any, output: Any) -> None:
+        if self._thread is threading.current_thread() and not in_recompute():
+            self._listener.commit()
+            self._thread = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end(self, chunk: Any, args: Any, output: Any) -> None:
+        if self._thread is threading.current_thread() and not in_recompute():
+            self._thread = None
+            self._listener.rollback()
+
+
+def _innermost(chunk: nn.Module) -> nn.Module:
+    """The model in DDP(Float16Module(model)): callers may use any of them, and all come here."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
+    return chunk
