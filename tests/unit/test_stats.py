@@ -15,7 +15,7 @@ from r3patch import ReplayError, ReplayStats
 from r3patch.observe.stats import COUNTED, RouterStats
 
 
-def router(layer: int, scope: Any = "main", **counts: int) -> RouterStats:
+def router(layer: int, scope: Any = "main", **counts: Any) -> RouterStats:
     return RouterStats(f"{scope}.{layer}", 0, scope, layer, topk=4, **counts)
 
 

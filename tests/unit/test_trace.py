@@ -333,7 +333,7 @@ def test_an_interrupt_is_not_swallowed(path: Path, monkeypatch: pytest.MonkeyPat
         trace.write(trace.session("replay"))
 
 
-class Unspeakable(Exception):
+class UnspeakableError(Exception):
     """Neither str() nor float() nor repr() of it returns."""
 
     def _refuse(self) -> Any:
@@ -378,7 +378,15 @@ def endless() -> list[Any]:
 
 @pytest.mark.parametrize(
     "value",
-    [Unspeakable(), torch.ones(3), np.ones(2), 1j, 10**400, object(), np.datetime64("2024-01-01")],
+    [
+        UnspeakableError(),
+        torch.ones(3),
+        np.ones(2),
+        1j,
+        10**400,
+        object(),
+        np.datetime64("2024-01-01"),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_value_that_is_no_number_is_left_out_by_name(
@@ -424,9 +432,9 @@ def test_notes_that_contain_themselves_are_left_out(path: Path) -> None:
 
 def test_an_error_without_a_text_is_told_by_its_class(path: Path) -> None:
     """An exception of the user whose str() raises."""
-    trace.write(trace.session("replay", error=Unspeakable()))
+    trace.write(trace.session("replay", error=UnspeakableError()))
     error = strict(path.read_text())["error"]
-    assert error == {"type": "Unspeakable", "text": "its text raises RuntimeError"}
+    assert error == {"type": "UnspeakableError", "text": "its text raises RuntimeError"}
 
 
 @pytest.mark.parametrize(
@@ -455,8 +463,8 @@ def test_a_folder_that_this_process_may_not_write_is_an_error_at_import(
     """The nearest folder that exists is asked; root may write everywhere, so the answer is ours."""
     asked: list[str] = []
 
-    def refuse(folder: str, mode: int) -> bool:
-        asked.append(folder)
+    def refuse(folder: os.PathLike[str], mode: int) -> bool:
+        asked.append(os.fspath(folder))
         return False
 
     monkeypatch.setattr(os, "access", refuse)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -215,4 +215,4 @@ def test_names_of_notes_and_phases_are_text_in_the_figures(run: Any) -> None:
     notes: dict[str, float] = {f"{name}_mean_abs": 0.1 for name in names}
     sessions = [{"step": 0, "stats": run.stats(0), "name": n, "notes": notes} for n in names[:2]]
     for figure in figures(run.trace(sessions)):
-        ElementTree.fromstring(figure.svg)
+        ET.fromstring(figure.svg)
