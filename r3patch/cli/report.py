@@ -73,7 +73,7 @@ def page(history: History, title: str, about: str = "") -> str:
 <body>
 <header>
 <h1>{escape(title)}</h1>
-<p class="subtitle">{escape(" ".join(filter(None, (_subtitle(history), about))))}</p>
+<p class="subtitle">{escape(". ".join(filter(None, (_subtitle(history), about))))}</p>
 </header>
 <main>
 {_verdict(verdict(found))}

@@ -26,12 +26,13 @@ _RECOMPUTE_TIES = 2
 
 @dataclass(frozen=True)
 class Check:
-    """A question about the run and its answer: True is good, None is unknown."""
+    """A question about the run and its answer: True is good, None is unknown, or ``moot``."""
 
     question: str
     good: bool | None
     answer: str
     shown_in: str
+    moot: bool = False  # the run has nothing that it asks about
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ def verdict(found: Sequence[Check]) -> Verdict:
     if bad:
         more = f" And {plural(len(bad) - 1, 'more fault')}, below." if len(bad) > 1 else ""
         return Verdict(False, "Not good.", f"{bad[0].question} {bad[0].answer}{more}")
-    unknown = [check.question for check in found if check.good is None]
+    unknown = [check.question for check in found if check.good is None and not check.moot]
     if unknown:
         return Verdict(True, "Good, as far as was looked.", f"Unknown: {' '.join(unknown)}")
-    return Verdict(True, "Good.", "Every check below is.")
+    return Verdict(True, "Good.", "Every session of every rank stands the checks below.")
 
 
 def checks(history: History) -> list[Check]:
@@ -212,7 +213,7 @@ def _pattern(odd: Sequence[Session], measured: Sequence[Session]) -> tuple[str, 
 def _check_mtp(history: History) -> Check:
     question, where = "Were MTP routers left alone?", "MTP routers"
     if not history.mtp:
-        return Check(question, None, "The model has none.", where)
+        return Check(question, None, "The model has none.", where, moot=True)
     touched: Counter[str] = Counter()
     for session in history.replays:
         for router in session.routers:
@@ -231,7 +232,7 @@ def _check_recompute(history: History) -> Check:
     if not rows:
         calls = int(history.total("recompute_calls"))
         text = f"{calls:,} recompute calls, not measured." if calls else "There was no recompute."
-        return Check(question, None, text, where)
+        return Check(question, None, text, where, moot=not calls)
     bad = []
     for session in history.replays:
         own = sum(router.recompute_rows_measured for router in session.main)

@@ -244,6 +244,13 @@ def test_what_nobody_looked_at_is_not_called_good_without_saying_so(run: Any) ->
     assert str(found).startswith("Good, as far as was looked. Unknown: Did every main router")
 
 
+def test_what_the_run_does_not_have_is_not_unknown(run: Any) -> None:
+    """No recompute and no MTP: there was nothing to look at, so the run is good."""
+    (router, *_), none = run.stats(0).routers, {"recompute_calls": 0, "recompute_rows_measured": 0}
+    history = run.trace([{"step": 0, "stats": ReplayStats((dataclasses.replace(router, **none),))}])
+    assert verdict(checks(history)).word == "Good."
+
+
 @pytest.mark.parametrize(("rows", "good"), [(1, None), (15, None), (16, False)])
 def test_a_handful_of_rows_is_no_verdict(run: Any, rows: int, good: bool | None) -> None:
     """One row of top-1 shares all or nothing; fewer than 16 rows are pooled over layers."""
