@@ -8,19 +8,21 @@ call by call.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from r3patch._errors import ReplayError
 from r3patch.labels.model import MainRouter
 from r3patch.metrics import ExpertLoad, expert_load
 from r3patch.rows.fit import Missing
 from r3patch.rows.routes import Routes
 from r3patch.rows.spread import spread_missing
 
-__all__ = ["DeviceRows", "Microbatch"]
+__all__ = ["DeviceRows", "Microbatch", "check_size"]
 
 _ALIGN = 8  # bytes: where a section of the buffer may begin, for any dtype to view it
 
@@ -139,3 +141,61 @@ def _moved(view: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     start = view.storage_offset() * view.element_size()
     size = view.numel() * view.element_size()
     return buffer[start : start + size].view(view.dtype).view(view.shape)
+
+
+def check_size(total: int, start: int, num_tokens: int, mlp_chunks: int, name: str) -> None:
+    """Refuse a call for neither a whole microbatch nor the next piece of a chunked MLP.
+
+    Args:
+        total: rows of the microbatch.
+        start: rows of it that the router has taken.
+        num_tokens: tokens of the call.
+        mlp_chunks: into how many pieces a layer may cut a microbatch.
+        name: the router.
+
+    Raises:
+        ReplayError: any other size.
+    """
+    if num_tokens == total and start == 0:
+        return
+    if mlp_chunks > 1 and _is_piece(total, start, num_tokens, mlp_chunks):
+        return
+    raise ReplayError(
+        f"{name}: the router routes {num_tokens} tokens, the microbatch has {total - start} "
+        f"rows{' left' if start else ''}. {_size_hint(num_tokens, total)}"
+    )
+
+
+def _is_piece(total: int, start: int, num_tokens: int, mlp_chunks: int) -> bool:
+    """Whether rows ``start: start + num_tokens`` of ``total`` are a piece for a chunked MLP."""
+    return any(
+        start % size == 0 and num_tokens == min(size, total - start)
+        for size in _piece_sizes(total, mlp_chunks)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _piece_sizes(total: int, mlp_chunks: int) -> frozenset[int]:
+    """The sizes that ``torch.chunk`` along s of ``[s, b]`` tokens can give.
+
+    The batch size b is not known here: any divisor of ``total`` may be it.
+    Source: ``TransformerLayer._forward_mlp``, megatron/core/transformer/transformer_layer.py,
+    0.18 and newer.
+    """
+    batches = (batch for batch in range(1, total + 1) if total % batch == 0)
+    return frozenset(-(-(total // batch) // mlp_chunks) * batch for batch in batches)
+
+
+def _size_hint(num_tokens: int, total: int) -> str:
+    if num_tokens < total and total % num_tokens == 0:
+        return (
+            f"The rows are {total // num_tokens} times too many: with sequence parallelism a rank "
+            "routes 1/tp_size of the tokens, with context parallelism 1/cp_size. Place the samples "
+            "by Layout(...).place, which knows both, and give each forward pass one microbatch."
+        )
+    if num_tokens > total and num_tokens % total == 0:
+        return (
+            f"The tokens are {num_tokens // total} times as many: the rows were cut for sequence "
+            "or context parallelism that the model does not use, or are one sample's of a batch."
+        )
+    return "Place the samples by Layout(...).place with the padding that the batch uses."

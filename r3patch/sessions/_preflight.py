@@ -78,80 +78,98 @@ def problems(routers: Sequence[RouterInfo]) -> list[Problem]:
 
 
 def _unequal_topk(main: Sequence[RouterInfo]) -> Iterator[Problem]:
-    topk = {info.name: int(info.module.config.moe_router_topk) for info in main}
-    for name in topk:
-        if topk[name] != topk[main[0].name]:
+    for info in main:
+        topk, others = (int(i.module.config.moe_router_topk) for i in (info, main[0]))
+        if topk != others:
             yield Problem(
-                name,
-                f"moe_router_topk={topk[name]}",
-                f"{main[0].name} has {topk[main[0].name]}, and routes hold as many experts of each "
-                "layer. Layers with different topk cannot be replayed.",
+                info.name,
+                f"moe_router_topk={topk}",
+                f"{main[0].name} has {others}, and routes hold as many experts of each layer. "
+                "Layers with different topk cannot be replayed.",
                 "error",
             )
             return
 
 
 def _router_problems(info: RouterInfo) -> Iterator[Problem]:
-    config = info.module.config
-
-    def error(setting: str, text: str) -> Problem:
-        return Problem(info.name, setting, text, "error")
-
     if not any(cls.__qualname__ == "TopKRouter" for cls in type(info.module).__mro__):
-        yield error(
+        yield Problem(
+            info.name,
             f"class {type(info.module).__qualname__}",
             "a Router that is no TopKRouter does not call Megatron's top-k, so replay cannot reach "
             "it. Derive it from TopKRouter.",
+            "error",
         )
         return
-    routing = getattr(info.module, "routing_type", None)
+    for setting, text in _unreachable(info.module):
+        yield Problem(info.name, setting, text, "error")
+    for setting, text in _weakened(info.module.config):
+        yield Problem(info.name, setting, text, "warning")
+
+
+def _unreachable(router: Any) -> Iterator[tuple[str, str]]:
+    """Settings under which replay does not reach a router, or means nothing."""
+    config = router.config
+    routing = getattr(router, "routing_type", None)
     if routing in ("sinkhorn", "quantile_balancing"):
-        yield error(
+        yield (
             f"moe_router_load_balancing_type={routing!r}",
-            "this routing picks experts without Megatron's top-k. Use 'none', 'aux_loss' or "
-            "'seq_aux_loss'.",
+            (
+                "this routing picks experts without Megatron's top-k. Use 'none', 'aux_loss' or "
+                "'seq_aux_loss'."
+            ),
         )
     for setting in ("moe_router_force_load_balancing", "moe_router_force_biased"):
         if getattr(config, setting, None) not in (None, False):
-            yield error(
+            yield (
                 f"{setting}={getattr(config, setting)!r}",
-                "logits are replaced by noise, and gate weights come from them. It is for "
-                "benchmarks: unset it.",
+                (
+                    "logits are replaced by noise, and gate weights come from them. It is for "
+                    "benchmarks: unset it."
+                ),
             )
     captured = _captured_by_cuda_graph(config)
     if captured:
-        yield error(
+        yield (
             captured,
-            "a CUDA graph repeats the routes of its capture. Leave the router out of the graph "
-            "(cuda_graph_modules=['attn'], say) or set cuda_graph_impl='none'.",
+            (
+                "a CUDA graph repeats the routes of its capture. Leave the router out of the graph "
+                "(cuda_graph_modules=['attn'], say) or set cuda_graph_impl='none'."
+            ),
         )
-    if isinstance(getattr(info.module, "router_replay", None), Tap):
-        yield error(
+    if isinstance(getattr(router, "router_replay", None), Tap):
+        yield (
             "an open session",
             "this model is in a record or replay session. Leave it first.",
         )
-    elif driver := _driver(info.module):
-        yield error(
+    elif driver := _driver(router):
+        yield (
             driver,
-            "another replay manager drives this router, and two replays on one call would "
-            "contradict each other. Put that manager to rest before the session, by "
-            "RouterReplay.clear_global_router_replay_action() or the stage 'fallthrough'.",
+            (
+                "another replay manager drives this router, and two replays on one call would "
+                "contradict each other. Put that manager to rest before the session, by "
+                "RouterReplay.clear_global_router_replay_action() or the stage 'fallthrough'."
+            ),
         )
+
+
+def _weakened(config: Any) -> Iterator[tuple[str, str]]:
+    """Settings with which a session does less than its user may think."""
     if getattr(config, "moe_expert_capacity_factor", None) is not None:
-        yield Problem(
-            info.name,
+        yield (
             f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}",
-            "assignments above the capacity are dropped after replay, so the trained routes are "
-            "not the rollout's. Set it to None.",
-            "warning",
+            (
+                "assignments above the capacity are dropped after replay, so the trained routes are "
+                "not the rollout's. Set it to None."
+            ),
         )
     if getattr(config, "moe_router_fusion", False):
-        yield Problem(
-            info.name,
+        yield (
             "moe_router_fusion=True",
-            "the fused kernel returns before the extension point: sessions turn it off for their "
-            "duration, so bits differ from the fused kernel's.",
-            "warning",
+            (
+                "the fused kernel returns before the extension point: sessions turn it off for their "
+                "duration, so bits differ from the fused kernel's."
+            ),
         )
 
 
@@ -260,11 +278,11 @@ def topk_sorts(*, grouped: bool) -> bool:
     Always up to 0.17; from 0.18 with grad enabled, and always for group-limited routing. Asked of
     the installed function once per case.
     """
-    return _topk_sorts(grouped, torch.is_grad_enabled())
+    return _topk_sorts(grouped=grouped, grad_enabled=torch.is_grad_enabled())
 
 
 @functools.cache
-def _topk_sorts(grouped: bool, grad_enabled: bool) -> bool:
+def _topk_sorts(*, grouped: bool, grad_enabled: bool) -> bool:
     topk_function = _topk_function()
     if topk_function is None:
         return True

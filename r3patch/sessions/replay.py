@@ -25,7 +25,7 @@ from r3patch.rows.fit import Missing, check_fit
 from r3patch.rows.routes import Routes
 from r3patch.sessions import _preflight
 from r3patch.sessions._measure import Measure, TokenFigures
-from r3patch.sessions._microbatch import DeviceRows, Microbatch
+from r3patch.sessions._microbatch import DeviceRows, Microbatch, check_size
 from r3patch.sessions._recompute import CallLog, Surroundings, in_recompute, surroundings
 from r3patch.sessions._session import Chunk, Lifetime, Plan, Session, readable
 from r3patch.sessions._tap import Selection, Tap, TopkCall, unseen
@@ -260,7 +260,7 @@ class MicrobatchQueue:
                     "looks like one more forward pass: use torch.utils.checkpoint."
                 )
             start = self._taken.get(layer, 0)
-            self._check_size(microbatch, start, num_tokens, router.name)
+            check_size(microbatch.num_tokens, start, num_tokens, self._mlp_chunks, router.name)
             index = self._current
             self._taken[layer] = start + num_tokens
             if start + num_tokens == microbatch.num_tokens:
@@ -363,18 +363,6 @@ class MicrobatchQueue:
             f"{self._behind()}. The forward before ended in the middle, or a router of this chunk "
             "was left out. Open a new session for a retry, or call the chunk that the session was "
             "opened on: a pass that it can see is rewound."
-        )
-
-    def _check_size(self, microbatch: Microbatch, start: int, num_tokens: int, name: str) -> None:
-        """Refuse a call for neither a whole microbatch nor the next piece of a chunked MLP."""
-        total = microbatch.num_tokens
-        if num_tokens == total and start == 0:
-            return
-        if self._mlp_chunks > 1 and _is_piece(total, start, num_tokens, self._mlp_chunks):
-            return
-        raise ReplayError(
-            f"{name}: the router routes {num_tokens} tokens, the microbatch has {total - start} "
-            f"rows{' left' if start else ''}. {_size_hint(num_tokens, total)}"
         )
 
 
@@ -530,38 +518,3 @@ def _same_model(known: torch.nn.Module, given: Any) -> bool:
         isinstance(given, torch.nn.Module)
         and (any(m is given for m in known.modules()) or any(m is known for m in given.modules()))
     )
-
-
-def _is_piece(total: int, start: int, num_tokens: int, mlp_chunks: int) -> bool:
-    """Whether rows ``start: start + num_tokens`` of ``total`` are a piece for a chunked MLP."""
-    return any(
-        start % size == 0 and num_tokens == min(size, total - start)
-        for size in _piece_sizes(total, mlp_chunks)
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _piece_sizes(total: int, mlp_chunks: int) -> frozenset[int]:
-    """The sizes that ``torch.chunk`` along s of ``[s, b]`` tokens can give.
-
-    The batch size b is not known here: any divisor of ``total`` may be it.
-    Source: ``TransformerLayer._forward_mlp``, megatron/core/transformer/transformer_layer.py,
-    0.18 and newer.
-    """
-    batches = (batch for batch in range(1, total + 1) if total % batch == 0)
-    return frozenset(-(-(total // batch) // mlp_chunks) * batch for batch in batches)
-
-
-def _size_hint(num_tokens: int, total: int) -> str:
-    if num_tokens < total and total % num_tokens == 0:
-        return (
-            f"The rows are {total // num_tokens} times too many: with sequence parallelism a rank "
-            "routes 1/tp_size of the tokens, with context parallelism 1/cp_size. Place the samples "
-            "by Layout(...).place, which knows both, and give each forward pass one microbatch."
-        )
-    if num_tokens > total and num_tokens % total == 0:
-        return (
-            f"The tokens are {num_tokens // total} times as many: the rows were cut for sequence "
-            "or context parallelism that the model does not use, or are one sample's of a batch."
-        )
-    return "Place the samples by Layout(...).place with the padding that the batch uses."
