@@ -1,4 +1,4 @@
-"""``python -m r3patch``: the command line."""
+"""``python -m r3patch``: the command line, where its script is not on the path."""
 
 import sys
 

@@ -41,6 +41,7 @@ class RouterStats:
     rows_live: int = 0  # took Megatron's own top-k: MTP rows, and rows without rollout routes
     rows_spread: int = 0  # had no rollout routes and were spread evenly (missing="spread")
     topk: int = 0
+    hash_routed: bool = False  # experts follow from the token's id: left alone, and counted
     rows_measured: int = 0  # replayed rows compared with Megatron's own choice,
     rows_differing: int = 0  # those whose set of experts differs,
     experts_shared: int = 0  # and the experts in both sets, summed over these rows

@@ -139,7 +139,7 @@ def read(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
     """
     records: list[dict[str, Any]] = []
     broken, schema = 0, cast("Any", SCHEMA)  # of the last line that is JSON, and not a record
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         while line := file.readline(2 * MAX_LINE_BYTES):
             if not line.strip():
                 continue

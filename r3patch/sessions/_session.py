@@ -21,6 +21,7 @@ from torch import nn
 from r3patch._errors import R3PatchError, ReplayError
 from r3patch.labels import model as models
 from r3patch.labels.model import MainRouter, RouterInfo
+from r3patch.labels.scope import MAIN
 from r3patch.observe import trace
 from r3patch.observe.stats import RouterStats
 from r3patch.sessions import _preflight
@@ -186,6 +187,7 @@ class Session:
                 str(tap.info.scope),
                 tap.info.layer_number,
                 topk=topk.get(id(tap.info.module)) or int(tap.info.module.config.moe_router_topk),
+                hash_routed=tap.info.scope == MAIN and not _preflight.takes_routes(tap.info),
                 **tap.counts(),
             )
             for tap in self._taps
