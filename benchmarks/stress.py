@@ -158,7 +158,7 @@ def wanted(case: Case, number: int, rows: Routes | None) -> Wanted:
             router.router_replay = tap
             hook = router.register_forward_hook(lambda m, a, out: maps.append(out[1].clone()))
             undo.callback(hook.remove)
-        model.loss(_seed(case, number), tail=tail).backward()  # type: ignore[no-untyped-call]
+        model.loss(_seed(case, number), tail=tail).backward()
     return Wanted(maps, model.take_gradients(), min(tap.margin for tap in taps) < 2e-6)
 
 
@@ -286,9 +286,7 @@ class Run:
                 self.current[threading.get_ident()] = -1
                 sum(losses).backward()  # type: ignore[union-attr]
             else:
-                losses[0].backward(  # type: ignore[no-untyped-call]
-                    retain_graph=move.kind == "B"
-                )
+                losses[0].backward(retain_graph=move.kind == "B")
         finally:
             got = self.model.take_gradients()
         self._compare(got, numbers)
@@ -299,7 +297,7 @@ class Run:
         def backward(number: int, loss: torch.Tensor) -> None:
             self.current[threading.get_ident()] = number
             start.wait()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
         with ThreadPoolExecutor(len(numbers)) as pool:
             running = [
