@@ -244,7 +244,8 @@ def _without(words: list[str], gone: int) -> str:
     kept = []
     for word in words:
         move = Move.parse(word)
-        if gone in (move.other, move.evaluate):
+        others = (move.other if move.joint else None, move.evaluate)
+        if gone in others or (move.microbatch == gone and others != (None, None)):
             return ""
         if move.microbatch != gone:
             kept.append(re.sub(r"(?<=[febBx+|?])\d+", lambda m: _behind(m[0], gone), word))

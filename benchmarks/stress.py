@@ -255,6 +255,9 @@ class Run:
                 del self.losses[number]
             else:
                 self._backward(move)
+                if self.armed and move.evaluate is not None:  # no recompute came by there
+                    self.armed = None
+                    self._evaluate(move.evaluate)
         finally:
             self.armed = None
 
