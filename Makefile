@@ -3,7 +3,7 @@
 SHELL := bash
 PYTHON ?= python3
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test lint unit bench clean
 
 demo:
 	@venv=$$(tools/venv.sh demo "$(PYTHON)") && $$venv/bin/r3patch demo
@@ -17,6 +17,9 @@ lint: # the checks that run nothing
 unit: # the loop of an editor: the quick tests, of the source tree as it is now
 	@venv=$$(tools/venv.sh dev "$(PYTHON)") && \
 	    PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $$venv/bin/pytest -q -m "not slow and not wheel" tests/unit
+
+bench: # all tables, by minutes; BENCH=short in a minute, which CI runs
+	@venv=$$(tools/venv.sh dev "$(PYTHON)") && $$venv/bin/python -W ignore benchmarks $(BENCH)
 
 clean:
 	rm -rf .venv

@@ -1,0 +1,163 @@
+"""A router's forward and backward in a session, as ratios to stock live routing in one run.
+
+    python benchmarks/router.py [--tokens 4096] [--repeats 60] [--short] [--no-check]
+
+Stock Megatron's ``TopKRouter`` on a CPU, one thread, hidden size 32, 128 experts, top-8: the router
+next to no model at all, so that the ratios are as far from 1 as they can be. First the grid of
+exactness.py is checked, and what is not exact is not measured (`--no-check` is for releases that
+are known not to be). How ratios are taken: timing.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from exactness import check
+from managers import GlobalManager, MaskedList
+from stack import ROUTINGS, Stack, random_routes
+from timing import Ratio, Variant, keep_freed_memory, measure, ratio
+
+import r3patch
+from r3patch import Routes, testing
+
+HIDDEN, EXPERTS, TOPK = 32, 128, 8
+GAPS = (0.01, 0.5, 1.0)
+Table = dict[str, dict[str, dict[str, Ratio]]]  # routing, variant, "stock" or "native"
+
+
+def run(tokens: int, repeats: int) -> Table:
+    """Ratios of every variant, by score function."""
+    return {routing: _routing(routing, tokens, repeats) for routing in ROUTINGS}
+
+
+def _routing(routing: str, tokens: int, repeats: int) -> dict[str, dict[str, Ratio]]:
+    bench = _Bench(routing, tokens)
+    variants: dict[str, Variant] = {
+        "stock, live": bench.variant(bench.stack()),
+        "Megatron's RouterReplay": bench.native(),
+        "global manager": bench.manager(GlobalManager(), bench.sentinel(GAPS[0])),
+        "masked list, 1 % gaps": bench.manager(MaskedList(), bench.masked(GAPS[0])),
+    }
+    with contextlib.ExitStack() as sessions:
+
+        def replay(gaps: float, **options: Any) -> Variant:
+            stack, routes = bench.stack(), bench.routes(gaps)
+            session = sessions.enter_context(r3patch.replay(stack, **options))
+            return bench.variant(stack, lambda: session.feed(routes))
+
+        variants["replay"] = replay(0.0)
+        for gaps in GAPS:
+            variants[f"replay, {gaps:.0%} gaps".replace("%", " %")] = replay(gaps)
+        variants["measure"] = replay(0.0, measure=True)
+        variants["measure, 1 % gaps"] = replay(GAPS[0], measure=True)
+        stack = bench.stack()
+        sessions.enter_context(r3patch.record(stack))
+        variants["record"] = bench.variant(stack)
+        seconds = measure(variants, repeats)
+    return {
+        name: {
+            "stock": ratio(seconds[name], seconds["stock, live"]),
+            "native": ratio(seconds[name], seconds["Megatron's RouterReplay"]),
+        }
+        for name in variants
+    }
+
+
+class _Bench:
+    """One score function: routers with the same weights, and the same input."""
+
+    def __init__(self, routing: str, tokens: int) -> None:
+        self.routing, self.tokens = routing, tokens
+        generator = torch.Generator().manual_seed(0)
+        self.input = torch.randn(tokens, 1, HIDDEN, generator=generator)
+        self.gradient = torch.randn(tokens, EXPERTS, generator=generator)
+
+    def stack(self) -> Stack:
+        return Stack(
+            self.routing, 1, hidden_size=HIDDEN, num_moe_experts=EXPERTS, moe_router_topk=TOPK
+        )
+
+    def routes(self, gaps: float) -> Routes:
+        return random_routes((1,), self.tokens, experts=EXPERTS, topk=TOPK, seed=1, gaps=gaps)
+
+    def variant(self, stack: Stack, prepare: Callable[[], object] = lambda: None) -> Variant:
+        (router,) = stack.routers
+
+        def step() -> None:
+            probs, _ = router(self.input)
+            probs.backward(self.gradient)
+
+        return Variant(step, prepare)
+
+    def native(self) -> Variant:
+        """Megatron's own replay, its targets in place: int64 ids on the device."""
+        from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+        stack, replay = self.stack(), RouterReplay()
+        replay.set_target_indices(self.routes(0.0).experts[:, 0].long())
+        replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        stack.routers[0].router_replay = replay
+        return self.variant(stack)
+
+    def manager(self, manager: Any, rows: tuple[torch.Tensor, ...]) -> Variant:
+        stack = self.stack()
+        stack.routers[0].router_replay = manager
+        return self.variant(stack, lambda: manager.add(*rows))
+
+    def sentinel(self, gaps: float) -> tuple[torch.Tensor]:
+        ids, mask = self.masked(gaps)
+        return (ids.masked_fill(~mask.unsqueeze(1), -1),)
+
+    def masked(self, gaps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        routes = self.routes(gaps)
+        assert routes.valid is not None
+        return routes.experts[:, 0].long(), routes.valid[:, 0]
+
+
+def versions() -> dict[str, str]:
+    """What was measured, and on what."""
+    found = {name: metadata.version(name) for name in ("torch", "megatron-core")}
+    return {"r3patch": r3patch.__version__, **found, "python": platform.python_version()}
+
+
+def show(table: Table) -> None:
+    for reference, title in (
+        ("stock", "stock live routing"),
+        ("native", "Megatron's RouterReplay"),
+    ):
+        print(f"\nratio to {title:26}" + "".join(f"{routing:>14}" for routing in table))
+        for name in next(iter(table.values())):
+            cells = (str(table[routing][name][reference]) for routing in table)
+            print(f"  {name:33}" + "".join(f"{cell:>14}" for cell in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--short", action="store_true", help="a tenth of the grid, 5 repeats")
+    parser.add_argument("--no-check", action="store_true", help="measure what may be inexact")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    with testing.megatron_on_cpu():
+        if not args.no_check:
+            print(f"{check(0.1 if args.short else 1.0)} cases are exact")
+        table = run(args.tokens, 5 if args.short else args.repeats)
+    show(table)
+    if args.json:
+        figures = {"versions": versions(), "router": table}
+        args.json.write_text(json.dumps(figures, default=vars, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
