@@ -181,8 +181,11 @@ def _examine_model(seen: Examination, spec: str, *, cpu: bool) -> None:
         verify(model)
     except R3PatchError as error:
         seen.find("error", type(error).__name__, error)
-    for problem in _preflight.problems(infos):
-        seen.find(problem.level, f"{problem.name}: {problem.setting}", problem.text)
+    try:
+        for problem in _preflight.problems(infos):
+            seen.find(problem.level, f"{problem.name}: {problem.setting}", problem.text)
+    except Exception as error:  # a config that is none of Megatron's: a session would fail so too
+        seen.find("error", spec, f"its settings cannot be read: {type(error).__name__}: {error}")
 
 
 def _build(spec: str, *, cpu: bool) -> Any:
