@@ -80,7 +80,7 @@ def problems(routers: Sequence[RouterInfo]) -> list[Problem]:
 
 def _unequal_topk(main: Sequence[RouterInfo]) -> Iterator[Problem]:
     for info in main:
-        topk, others = (int(i.module.config.moe_router_topk) for i in (info, main[0]))
+        topk, others = (getattr(i.module.config, "moe_router_topk", None) for i in (info, main[0]))
         if topk != others:
             yield Problem(
                 info.name,
