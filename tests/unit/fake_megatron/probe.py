@@ -11,7 +11,9 @@ MTP = "megatron.core.transformer.multi_token_prediction"
 def build(num_layers: int = 2, mtp_num_layers: int = 2, **kwargs: Any) -> Any:
     from megatron.core.models import GPTModel
 
-    config = SimpleNamespace(num_layers=num_layers, mtp_num_layers=mtp_num_layers)
+    config = SimpleNamespace(
+        num_layers=num_layers, mtp_num_layers=mtp_num_layers, moe_router_topk=2
+    )
     return GPTModel(config, **kwargs)
 
 
