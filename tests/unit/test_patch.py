@@ -236,6 +236,22 @@ def test_somebody_elses_wrapper_on_top_survives(fresh: Fresh, on_top: str) -> No
     )
 
 
+def test_install_repairs_a_constructor_that_was_put_back(fresh: Fresh) -> None:
+    """Somebody restores what he saved before ours was there; install() wraps it again."""
+    fresh(
+        """
+        from megatron.core.transformer.moe.router import TopKRouter
+        saved = TopKRouter.__init__
+        import r3patch, probe
+        TopKRouter.__init__ = saved
+        assert "was replaced since" in r3patch.status().targets[0].detail
+        r3patch.install()
+        assert r3patch.status().targets[0].detail == ""
+        assert probe.labels(probe.build()) == ["main", "main", "mtp", "mtp"]
+        """
+    )
+
+
 def test_what_was_wrapped_before_ours_is_restored(fresh: Fresh) -> None:
     """Uninstall gives back the very object that was there, another patch included."""
     fresh(

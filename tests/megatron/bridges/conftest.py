@@ -19,7 +19,7 @@ from r3patch import bridges, testing
 from .common import NATIVE, Foreign, megatrons_routing
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def cpu() -> Iterator[None]:
     with testing.megatron_on_cpu():
         yield

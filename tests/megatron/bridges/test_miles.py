@@ -110,6 +110,13 @@ def test_an_exception_before_the_manager_was_put_to_rest(
     assert not [w for w in recwarn if "silenced" in str(w.message)]
 
 
+def test_a_disabled_manager_replays_nothing(miles: Any) -> None:
+    """Its stage says nothing then."""
+    router = main(build())[0]
+    miles.stage, miles.enabled = "replay_forward", False
+    assert bridges.replaying(router, router.router_replay) is None
+
+
 def test_a_session(miles: Any) -> None:
     """An active stage is refused; at rest the session replays, and miles' tap comes back."""
     model = build()

@@ -166,6 +166,13 @@ def test_drive_keeps_no_hold_of_the_routes() -> None:
     assert all(torch.equal(target[1:], random_ids(2)[1:]) for target in targets)
 
 
+def test_drive_refuses_a_model_without_routers() -> None:
+    """Nothing would be driven, which is never what was meant."""
+    routes = Routes(torch.stack([random_ids(2), random_ids(3)], 1), (2, 3), num_experts=EXPERTS)
+    with pytest.raises(r3patch.ReplayError, match="the model has no RouterReplay to drive"):
+        native.drive(torch.nn.Linear(1, 1), routes)
+
+
 def test_left_alone(registry: list[Any]) -> None:
     """With the bridge off the MTP instance stays where Megatron put it."""
     with _config.override(native="leave"):
