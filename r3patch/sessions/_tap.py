@@ -24,6 +24,8 @@ import torch
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from r3patch import bridges
+from r3patch._errors import ReplayError
 from r3patch.labels.model import RouterInfo
 from r3patch.sessions._recompute import in_recompute
 
@@ -79,6 +81,7 @@ class Tap:
         self.info = info
         self.chunk = chunk
         self.layer_number = info.layer_number  # Megatron 0.19 writes it to `router_replay`
+        self.set_aside = getattr(info.module, "router_replay", None)
         self.forward_calls = 0
         self.recompute_calls = 0
         self.rows_replayed = 0
@@ -107,6 +110,19 @@ class Tap:
             self.forward_calls += 1
             self.rows_live += call.scores.shape[0]
         return call.own()
+
+    def refuse_second_manager(self) -> None:
+        """Raise if a manager was switched on since the session was entered.
+
+        Raises:
+            ReplayError: its routes and the session's would contradict each other.
+        """
+        name = bridges.replaying(self.info.module, self.set_aside)
+        if name is not None:
+            raise ReplayError(
+                f"{self.info.name}: the replay manager {name} was switched on during this session, "
+                "and its routes are not used. Leave the session first, or put the manager to rest."
+            )
 
     def counts(self) -> dict[str, int]:
         """The fields of ``RouterStats`` that this tap knows."""

@@ -201,6 +201,8 @@ class RecordTap(Tap):
 
     def select(self, call: TopkCall) -> Selection:
         """See `Tap`."""
+        if not in_recompute():
+            self.refuse_second_manager()
         values, ids = super().select(call)
         if not in_recompute():
             with unseen():

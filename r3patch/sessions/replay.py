@@ -469,6 +469,7 @@ class ReplayTap(Tap):
     def _forward(self, call: TopkCall, around: Surroundings) -> torch.Tensor:
         rows = self._queue.take(self._router, call.scores.shape[0])
         if rows.first:
+            self.refuse_second_manager()
             self._queue.tokens.compare(rows.microbatch, rows.number, call.scores.device)
         ids, gaps = self._rollout(rows, call)
         own = in_gaps = None

@@ -221,3 +221,23 @@ def test_inference_buffers_have_main_layers() -> None:
     RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
     loss_of(model)
     assert (buffer >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["record", "replay"])
+def test_an_action_that_is_set_during_a_session_is_refused(kind: str) -> None:
+    """Its routes would not be used: the session's taps are in its place."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    model = build(**NATIVE)
+    ids = torch.stack([random_ids(seed) for seed in (2, 3)], dim=1)
+    routes = Routes(ids, (2, 3), num_experts=EXPERTS)
+    session = r3patch.record(model) if kind == "record" else r3patch.replay(model, [routes])
+
+    def run() -> None:
+        with session:
+            RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+            loss_of(model)
+
+    with pytest.raises(r3patch.ReplayError, match="manager native was switched on during this"):
+        run()
+    RouterReplay.clear_global_router_replay_action()
