@@ -1,3 +1,5 @@
+"""``python -m r3patch``: the command line, where its script is not on the path."""
+
 import sys
 
 from r3patch.cli import main

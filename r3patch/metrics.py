@@ -147,6 +147,7 @@ class RouteMismatch:
 
     @property
     def mismatch_by_layer(self) -> tuple[float, ...]:
+        """`mismatch` of each of ``layers``."""
         return tuple(map(_ratio, self.rows_differing, self.rows))
 
     @property
@@ -161,6 +162,7 @@ class RouteMismatch:
 
     @property
     def overlap_by_layer(self) -> tuple[float, ...]:
+        """`overlap` of each of ``layers``."""
         rows = (rows * self.topk for rows in self.rows)
         return tuple(map(_ratio, self.experts_shared, rows))
 
@@ -242,6 +244,7 @@ class ExpertLoad:
 
     @property
     def num_experts(self) -> int:
+        """Experts per layer."""
         return self.real.shape[1]
 
 

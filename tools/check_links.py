@@ -18,7 +18,10 @@ HEADING = re.compile(r"^#+\s+(.*?)\s*#*$")
 
 
 def main(arguments: list[str]) -> int:
-    roots = [Path(argument) for argument in arguments or ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs")]
+    roots = [
+        Path(argument)
+        for argument in arguments or ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs")
+    ]
     files = [file for root in roots for file in _markdown(root)]
     problems = [problem for file in files for problem in check(file)]
     for problem in problems:

@@ -23,7 +23,10 @@ install() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${PIP_FLAGS:-} "$@" \
         2> >(grep -v 'is ignored' >&2)
 }
-stamp=$(cat pyproject.toml constraints.txt tools/venv.sh | cksum)
+stamp=$({
+    sed -n '/^dependencies = /p; /^\[project.optional-dep/,/^\[project.scripts/p' pyproject.toml
+    cat constraints.txt tools/venv.sh
+} | cksum)
 if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
     echo "making $venv: Python 3.$minor, megatron-core $megatron (the first time takes minutes)" >&2
     rm -rf "$venv"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 from matplotlib import colors, ticker
 from matplotlib.figure import Figure as Canvas
 
@@ -59,10 +59,10 @@ class Figure:
 
 def figures(history: History) -> list[Figure]:
     """Those for which the traces have numbers."""
-    matplotlib.use("svg")
+    mpl.use("svg")
     phases = list(history.phases.items())[:_MAX_PHASES] or [("", history)]
     drawn: list[Figure | None] = []
-    with matplotlib.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE):
         for name, phase in phases:
             of_phase = [
                 _mismatch(phase),
@@ -70,6 +70,11 @@ def figures(history: History) -> list[Figure]:
                 _policy_gap(phase),
                 _rows(phase),
             ]
+            if name != phases[0][0]:
+                of_phase = [
+                    figure and replace(figure, caption=f"As above, in {_legible(name)}.")
+                    for figure in of_phase
+                ]
             drawn += [_named(figure, name if len(phases) > 1 else "") for figure in of_phase]
         for num_experts, loads in sorted(history.loads.items()):
             name = f"{num_experts} experts" if len(history.loads) > 1 else ""

@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata, util
+from pathlib import Path
 from typing import Any
 
 import r3patch
@@ -117,7 +118,7 @@ def examine(model: str | None = None, *, cpu: bool = False) -> Examination:
             }
         )
     if model is not None:
-        _examine_model(seen, model, cpu)
+        _examine_model(seen, model, cpu=cpu)
     return seen
 
 
@@ -154,10 +155,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _examine_model(seen: Examination, spec: str, cpu: bool) -> None:
+def _examine_model(seen: Examination, spec: str, *, cpu: bool) -> None:
     from r3patch.sessions import _preflight
 
-    model = _build(spec, cpu)
+    model = _build(spec, cpu=cpu)
     infos = routers(model)
     columns = sorted({i.layer_number for i in infos if i.scope == MAIN and i.layer_number})
     seen.routers = [
@@ -184,11 +185,11 @@ def _examine_model(seen: Examination, spec: str, cpu: bool) -> None:
         seen.find(problem.level, f"{problem.name}: {problem.setting}", problem.text)
 
 
-def _build(spec: str, cpu: bool) -> Any:
+def _build(spec: str, *, cpu: bool) -> Any:
     module, colon, function = spec.partition(":")
     if not (module and colon and function):
         raise R3PatchError(f"--model is {spec!r}, expected MODULE:FUNCTION, such as train:build.")
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     with ExitStack() as stack:
         if cpu:
             from r3patch import testing

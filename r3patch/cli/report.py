@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r3patch.observe.history import Counts, History, load
-from r3patch.observe.numerals import compact, percent, plural
+from r3patch.observe.numerals import compact, percent, plural, some
 from r3patch.observe.verdict import Check, Verdict, checks, judged, verdict
 
 if TYPE_CHECKING:
@@ -40,10 +40,12 @@ def run(args: argparse.Namespace) -> int:
     """0 if the run is good, 1 if it is not; the first line says which, and why."""
     history = load(args.trace)
     found = checks(history)
-    _print(verdict(found).text)
-    for check in found:
-        _print(f"{_MARKS[check.good][1]} {check.question} {check.answer}")
-    Path(args.output).write_text(page(history, args.title), encoding="utf-8")
+    try:
+        Path(args.output).write_text(page(history, args.title), encoding="utf-8")
+    finally:  # the verdict is there without matplotlib too
+        _print(str(verdict(found)))
+        for check in found:
+            _print(f"{_MARKS[check.good][1]} {check.question} {check.answer}")
     _print(f"{args.output} written.")
     return 0 if verdict(found).good else 1
 
@@ -71,7 +73,7 @@ def page(history: History, title: str, about: str = "") -> str:
 <body>
 <header>
 <h1>{escape(title)}</h1>
-<p class="subtitle">{escape(" ".join(filter(None, (_subtitle(history), about))))}</p>
+<p class="subtitle">{escape(". ".join(filter(None, (_subtitle(history), about))))}</p>
 </header>
 <main>
 {_verdict(verdict(found))}
@@ -83,13 +85,9 @@ def page(history: History, title: str, about: str = "") -> str:
 
 
 def _verdict(found: Verdict) -> str:
-    word, _, rest = found.text.partition(".")
-    if found.good and "," in word:
-        word, rest = "Good", found.text.removeprefix("Good")
-    else:
-        word += "."
     kind = _MARKS[found.good][0]
-    return f'<p class="verdict {kind}"><strong>{escape(word)}</strong>{escape(rest)}</p>'
+    word, reason = escape(found.word), escape(found.reason)
+    return f'<p class="verdict {kind}"><strong>{word}</strong> {reason}</p>'
 
 
 def _body(history: History, found: Sequence[Check]) -> str:
@@ -107,7 +105,7 @@ def _body(history: History, found: Sequence[Check]) -> str:
         "Unreadable": _unreadable(history),
         "Provenance": _provenance(history),
     }
-    there = {*(title for title, body in sections.items() if body), *(f.title for f in drawn)}
+    there = [*(title for title, body in sections.items() if body), *(f.title for f in drawn)]
     sections["Is it on?"] = _checks(found, there)
     return "\n".join(
         f'<section id="{_slug(title)}"><h2>{title}</h2>{body}</section>'
@@ -126,7 +124,7 @@ def _subtitle(history: History) -> str:
     span = f"{unit}s {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"{unit} {[*steps, 0][0]}"
     where = f"{len(history.ranks)} ranks" if len(history.ranks) > 1 else "one rank"
     names = [name for name in history.phases if name]
-    phases = f", phases {', '.join(names)}" if names else ""
+    phases = f", phases {some(names)}" if names else ""
     count = plural(len(history.replays), "replay session")
     return f"{count}, {span}, {where}{phases}" if steps else f"{count}, {where}"
 
@@ -167,7 +165,7 @@ def _checks(found: Sequence[Check], there: Collection[str]) -> str:
     rows = []
     for check in found:
         kind, mark, word = _MARKS[check.good]
-        # The figures of several phases have their names in the title: the first is as good.
+        # Where there are several phases, the title of a figure ends with the name of its own.
         place = next((title for title in there if title.startswith(check.shown_in)), None)
         link = f'<a href="#{_slug(place)}">{escape(check.shown_in)}</a>' if place else ""
         rows.append(
@@ -306,7 +304,7 @@ def _shortened(text: str) -> str:
 _STYLE = """
 :root { --ink: #22262b; --soft: #5b636d; --line: #d9dce0; --paper: #fff; --accent: #0b6e99;
   --good: #2e6b34; --bad: #a4262c; --fair: #edf4ee; --foul: #fbeeee; --on: #fff; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e4e6e9; --soft: #a3abb5; --line: #3a4047; --paper: #16191d; --accent: #6fb7d6;
     --good: #7cc086; --bad: #f08a87; --fair: #1c2a1f; --foul: #331d1f; --on: #16191d; }
   figure img { border-radius: 4px; filter: brightness(.88); }

@@ -205,7 +205,7 @@ def find(model: Model) -> list[Found]:
                 continue
             seen.add((id(module), in_mtp))
             if kind == _ROUTER:
-                _note(found, module, index, in_mtp, link)
+                _note(found, module, index, link, in_mtp=in_mtp)
             children = module._modules
             for name in reversed(children):
                 child = children[name]
@@ -223,7 +223,7 @@ class _Link(NamedTuple):
 
 
 def _note(
-    found: dict[int, Found], module: Any, chunk: int, in_mtp: bool, link: _Link | None
+    found: dict[int, Found], module: Any, chunk: int, link: _Link | None, *, in_mtp: bool
 ) -> None:
     name = "" if link is None else link.path()
     router = found.setdefault(id(module), Found(name, module, [], in_mtp))

@@ -1,9 +1,9 @@
-"""How numbers are written for readers."""
+"""How numbers and names are written for readers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -35,3 +35,8 @@ def compact(number: float) -> str:
 def plural(count: int, noun: str) -> str:
     """1 session, 1,200 sessions."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three: a, b, c and 4 more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -195,6 +195,7 @@ def _router(value: Any) -> RouterStats:
         scope,
         layer,
         topk=_count(get("topk"), "topk"),
+        hash_routed=get("hash_routed") is True,  # not in traces of r3patch 0.1
         **{name: _count(get(name), name) for name in COUNTED},
     )
     for part, whole in (
@@ -239,13 +240,13 @@ def _check_tokens(session: Session) -> None:
 
 def _dict(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is {_short(value)}")
+        raise ValueError(f"{what} is {_short(value)}")  # noqa: TRY004  (as every other field)
     return value
 
 
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{what} is {_short(value)}")
+        raise ValueError(f"{what} is {_short(value)}")  # noqa: TRY004  (as every other field)
     return value
 
 

@@ -41,6 +41,7 @@ class RouterStats:
     rows_live: int = 0  # took Megatron's own top-k: MTP rows, and rows without rollout routes
     rows_spread: int = 0  # had no rollout routes and were spread evenly (missing="spread")
     topk: int = 0
+    hash_routed: bool = False  # experts follow from the token's id: left alone, and counted
     rows_measured: int = 0  # replayed rows compared with Megatron's own choice,
     rows_differing: int = 0  # those whose set of experts differs,
     experts_shared: int = 0  # and the experts in both sets, summed over these rows
@@ -71,6 +72,16 @@ class RouterStats:
 
 
 @dataclass(frozen=True)
+class TokenCheck:
+    """How many tokens of one chunk were compared with those that its routes were computed for."""
+
+    chunk: int
+    checked: int
+    why_not: str
+    """Why none was; empty if some were."""
+
+
+@dataclass(frozen=True)
 class ReplayStats:
     """What a session did on this rank, or, merged, on several.
 
@@ -82,6 +93,8 @@ class ReplayStats:
     routers: tuple[RouterStats, ...]
     tokens: bytes = b""
     seconds: float = 0.0  # host time of preparing and enqueueing the rows
+    token_checks: tuple[TokenCheck, ...] = ()  # by chunk: which tokens were compared
+    agreement: float | None = None  # of the first rows with Megatron's choice, 0: as by chance
 
     @property
     def token_mismatch(self) -> float | None:

@@ -138,8 +138,8 @@ def read(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
         R3PatchError: the file holds no trace record, or none of this schema.
     """
     records: list[dict[str, Any]] = []
-    broken, schema = 0, cast(Any, SCHEMA)  # of the last line that is JSON, and not a record
-    with open(path, "rb") as file:
+    broken, schema = 0, cast("Any", SCHEMA)  # of the last line that is JSON, and not a record
+    with Path(path).open("rb") as file:
         while line := file.readline(2 * MAX_LINE_BYTES):
             if not line.strip():
                 continue

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from r3patch.labels.scope import MTP
 from r3patch.observe.history import History
-from r3patch.observe.numerals import compact, percent, plural, spans
+from r3patch.observe.numerals import compact, percent, plural, some, spans
 from r3patch.observe.reader import Session
 from r3patch.observe.stats import RouterStats
 from r3patch.rows.overlap import suspicious_overlap
@@ -26,20 +26,25 @@ _RECOMPUTE_TIES = 2
 
 @dataclass(frozen=True)
 class Check:
-    """A question about the run and its answer: True is good, None is unknown."""
+    """A question about the run and its answer: True is good, None is unknown, or ``moot``."""
 
     question: str
     good: bool | None
     answer: str
     shown_in: str
+    moot: bool = False  # the run has nothing that it asks about
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The run in one line."""
+    """The run in one line: a word, and what is behind it."""
 
     good: bool
-    text: str
+    word: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,11 @@ def verdict(found: Sequence[Check]) -> Verdict:
     bad = [check for check in found if check.good is False]
     if bad:
         more = f" And {plural(len(bad) - 1, 'more fault')}, below." if len(bad) > 1 else ""
-        return Verdict(False, f"Not good. {bad[0].question} {bad[0].answer}{more}")
-    unknown = [check.question for check in found if check.good is None]
+        return Verdict(False, "Not good.", f"{bad[0].question} {bad[0].answer}{more}")
+    unknown = [check.question for check in found if check.good is None and not check.moot]
     if unknown:
-        return Verdict(True, f"Good, as far as it was looked at. Unknown: {' '.join(unknown)}")
-    return Verdict(True, "Good. Every check below is.")
+        return Verdict(True, "Good, as far as was looked.", f"Unknown: {' '.join(unknown)}")
+    return Verdict(True, "Good.", "Every session of every rank stands the checks below.")
 
 
 def checks(history: History) -> list[Check]:
@@ -133,13 +138,15 @@ def _check_reached(history: History) -> Check:
     for session in history.replays:
         called = any(router.forward_calls for router in session.main)
         for router in session.main:
+            if router.hash_routed:
+                continue
             # A refused session called none; that is not this router's fault.
             if not router.forward_calls and (called or not session.error):
                 uncalled[router.name].append(session)
             elif not router.rows_replayed and not session.error:
                 without[router.layer_number or 0].append(session)
     if uncalled:
-        names = _some([f"{name} ({_sessions(s)})" for name, s in uncalled.items()])
+        names = some([f"{name} ({_sessions(s)})" for name, s in uncalled.items()])
         text = f"Megatron's top-k was never called by {names}: an orphaned or bypassed router."
         return Check(question, False, text, where)
     if without:
@@ -174,41 +181,46 @@ def _check_related(history: History) -> Check:
         return Check(question, True, f"They share {percent(overlap)} of the live experts.", where)
     layers = {layer for found in odd for layer in found.unrelated}
     worst = f"Worst: {odd[0].session}, {percent(odd[0].overlap)} of the experts are shared."
-    cause = _cause([found.session for found in odd], [found.session for found in measured])
-    steps = _steps({found.session.step or 0 for found in odd})
-    text = f"Hardly, in layers {spans(layers)}, {steps}. {cause} {worst}"
+    scope, cause = _pattern([o.session for o in odd], [found.session for found in measured])
+    text = f"Hardly, in layers {spans(layers)}, {scope}. {cause} {worst}"
+    if len(history.phases) > 1:
+        where += f", {odd[0].session.name}"
     return Check(question, False, text, where)
 
 
-def _cause(odd: Sequence[Session], measured: Sequence[Session]) -> str:
-    """What the pattern of bad sessions among the measured ones looks like."""
-    ranks, names, steps = {s.rank for s in odd}, {s.name for s in odd}, {s.step for s in odd}
-    if ranks != {s.rank for s in measured if s.name in names and s.step in steps}:
-        text = f"On rank{'s' * (len(ranks) > 1)} {spans(ranks)} only: rows placed for another rank,"
-        return f"{text} or of another rank's samples."
-    if names != {s.name for s in measured}:
-        return f"In {_some(sorted(names))} only: its rows are not those of its microbatches."
-    if len(odd) < sum(s.step in steps for s in measured):
-        return "In some sessions of a step only: rows of another microbatch."
-    if steps == {s.step for s in measured}:
-        return (
-            "At every measured step: columns shifted by a layer, misplaced tokens, or other "
-            "weights."
-        )
-    return "At some steps only: stale rows, of other tokens or of an earlier rollout."
+def _pattern(odd: Sequence[Session], measured: Sequence[Session]) -> tuple[str, str]:
+    """Where the bad sessions are among the measured ones, and what that looks like."""
+    ranks, names = {s.rank for s in odd}, {s.name for s in odd}
+    steps = {s.step or 0 for s in odd}
+    beside = [s for s in measured if (s.step or 0) in steps]
+    some_ranks = ranks != {s.rank for s in beside if s.layers in {o.layers for o in odd}}
+    some_names = names != {s.name for s in beside}
+    scope = _steps(steps)
+    if some_ranks:
+        scope += f", on rank{'s' * (len(ranks) > 1)} {spans(ranks)} only"
+    if some_names:
+        scope += f", in {some(sorted(names))} only"
+    if steps != {s.step or 0 for s in measured}:
+        return scope, "At some steps only: stale rows, of other tokens or of an earlier rollout."
+    if some_ranks:
+        return scope, "On some ranks only: rows placed for another rank, or of its samples."
+    if len(odd) < len(beside):
+        return scope, "In some sessions of a step only: rows of another microbatch."
+    cause = "columns shifted by a layer, misplaced tokens, or other weights"
+    return scope, f"At every measured step: {cause}."
 
 
 def _check_mtp(history: History) -> Check:
     question, where = "Were MTP routers left alone?", "MTP routers"
     if not history.mtp:
-        return Check(question, None, "The model has none.", where)
+        return Check(question, None, "The model has none.", where, moot=True)
     touched: Counter[str] = Counter()
     for session in history.replays:
         for router in session.routers:
             if router.scope == MTP and router.rows_replayed:
                 touched[f"{router.name} ({session})"] += router.rows_replayed
     if touched:
-        names = _some([name for name, _ in touched.most_common()])
+        names = some([name for name, _ in touched.most_common()])
         return Check(question, False, f"Rows were replayed by {names}.", where)
     calls = int(sum(counts["forward_calls"] for counts in history.mtp.values()))
     return Check(question, True, f"{calls:,} calls took Megatron's own top-k.", where)
@@ -220,7 +232,7 @@ def _check_recompute(history: History) -> Check:
     if not rows:
         calls = int(history.total("recompute_calls"))
         text = f"{calls:,} recompute calls, not measured." if calls else "There was no recompute."
-        return Check(question, None, text, where)
+        return Check(question, None, text, where, moot=not calls)
     bad = []
     for session in history.replays:
         own = sum(router.recompute_rows_measured for router in session.main)
@@ -269,12 +281,8 @@ def _sessions(sessions: Iterable[Session]) -> str:
     ranks = {session.rank for session in sessions}
     names = {session.name for session in sessions if session.name}
     text += f", rank{'s' * (len(ranks) > 1)} {spans(ranks)}" if ranks != {0} else ""
-    return text + (f", {_some(sorted(names))}" if names else "")
+    return text + (f", {some(sorted(names))}" if names else "")
 
 
 def _steps(steps: Collection[int]) -> str:
     return f"step{'s' if len(steps) > 1 else ''} {spans(steps)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -24,7 +24,7 @@ def integer(
     raise RoutesError(f"{name} is {value!r}{context}, expected {bounds}, an int.")
 
 
-class foreign:
+class foreign:  # noqa: N801  (a context manager, read as a verb)
     """Turns any error of a foreign object into a RoutesError: its methods raise what they like.
 
     A class because a generator's context manager lets StopIteration through where what is raised

@@ -143,14 +143,17 @@ class Routes:
 
     @property
     def num_tokens(self) -> int:
+        """Rows: one per token, in the order of the sample or of the router."""
         return self.experts.shape[0]
 
     @property
     def num_layers(self) -> int:
+        """Columns: layers with routes."""
         return self.experts.shape[1]
 
     @property
     def topk(self) -> int:
+        """Experts per token and layer."""
         return self.experts.shape[2]
 
     @property

@@ -34,6 +34,10 @@ class DeviceRows(NamedTuple):
     """``[num_tokens, topk]``, narrow."""
     gaps: tuple[torch.Tensor | None, ...]
     """``[num_gaps] int64``: the rows in which Megatron chooses; None where there are none."""
+    probes: tuple[torch.Tensor | None, ...]
+    """``[n] int64``: a few rows with routes, for the alarm; None where it does not look."""
+    tokens: torch.Tensor | None
+    """``[num_tokens] int32``: what the rows were computed for, -1 without a route in any layer."""
 
 
 class Microbatch:
@@ -45,6 +49,7 @@ class Microbatch:
         missing: ``"spread"`` gives rows without routes experts of their own; otherwise they are
             gaps, in which Megatron chooses.
         ep_size: expert-parallel ranks to spread over.
+        probes: how many rows of each layer the alarm looks at.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Microbatch:
         *,
         missing: Missing = "live",
         ep_size: int = 1,
+        probes: int = 0,
     ) -> None:
         self.num_tokens = routes.num_tokens
         self.spread = missing == "spread"
@@ -64,31 +70,40 @@ class Microbatch:
             rows = rows.clone()  # never into the caller's
             experts = [router.num_experts for router in routers]
             spread_missing(rows, gaps, experts, ep_size=ep_size)
-        # Each different tensor of positions travels once.
-        different = {id(positions): positions for positions in gaps if positions is not None}
-        self._buffer, (self._rows, *packed) = _pack([rows, *different.values()])
-        packed_as = dict(zip(different, packed, strict=True))
-        self._gaps = [packed_as.get(id(positions)) for positions in gaps]
+        parts: dict[object, torch.Tensor] = {"rows": rows}
+        for positions in gaps:  # each different tensor of positions travels once
+            if positions is not None:
+                parts["gaps", id(positions)] = positions
+            if probes:
+                parts["probes", id(positions)] = _probes(self.num_tokens, positions, probes)
+        if routes.tokens is not None:
+            parts["tokens"] = routes.tokens.masked_fill(~routes.mask.any(dim=1), -1)
+        self._buffer, views = _pack(list(parts.values()))
+        self._parts = dict(zip(parts, views, strict=True))
+        self._gap_keys = [id(positions) for positions in gaps]
+        self.has_tokens = routes.tokens is not None
         self.on_device: DeviceRows | None = None
+
+    @property
+    def checked_tokens(self) -> int:
+        """How many tokens have a route in some layer, and are compared."""
+        return int((self._parts["tokens"] >= 0).sum())
 
     def to_device(self, device: torch.device) -> DeviceRows:
         """Copy the rows without blocking, or give those that are there already."""
         if self.on_device is None:
             buffer = self._buffer.to(device, non_blocking=True)
-            moved = {
-                id(host): _moved(host, buffer)
-                for host in (self._rows, *self._gaps)
-                if host is not None
-            }
-            gaps = tuple(
-                None if host is None or self.spread else moved[id(host)] for host in self._gaps
+            there = {name: _moved(view, buffer) for name, view in self._parts.items()}
+            gaps = [None if self.spread else there.get(("gaps", key)) for key in self._gap_keys]
+            probes = [there.get(("probes", key)) for key in self._gap_keys]
+            self.on_device = DeviceRows(
+                there["rows"].unbind(0), tuple(gaps), tuple(probes), there.get("tokens")
             )
-            self.on_device = DeviceRows(moved[id(self._rows)].unbind(0), gaps)
         return self.on_device
 
     def gaps_between(self, column: int, start: int, stop: int) -> tuple[int, int]:
         """Which of a layer's rows without routes lie in ``start:stop`` (asked on the host)."""
-        positions = self._gaps[column]
+        positions = self._parts.get(("gaps", self._gap_keys[column]))
         if positions is None:
             return 0, 0
         if stop - start == self.num_tokens:
@@ -107,7 +122,7 @@ class Microbatch:
         load = expert_load(routes)
         if not self.spread or routes.valid is None:
             return load
-        rows, invalid = self._rows.permute(1, 0, 2), ~routes.valid
+        rows, invalid = self._parts["rows"].permute(1, 0, 2), ~routes.valid
         filled = Routes(rows, routes.layers, invalid, num_experts=routes.num_experts)
         return ExpertLoad(load.layers, load.real, expert_load(filled).real, load.invalid)
 
@@ -122,6 +137,16 @@ def _gaps(valid: torch.Tensor | None, num_layers: int) -> Iterator[torch.Tensor 
             positions = (~rows).nonzero().squeeze(1)
             gaps, previous = (positions if len(positions) else None), rows
         yield gaps
+
+
+def _probes(num_tokens: int, gaps: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Up to ``count`` rows with routes, evenly spread; none where there is one only."""
+    rows = torch.arange(num_tokens)
+    if gaps is not None:
+        rows = rows[torch.ones(num_tokens, dtype=torch.bool).index_fill(0, gaps, False)]
+    if len(rows) > count:
+        rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
+    return rows if len(rows) > 1 else rows[:0]
 
 
 def _pack(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -17,7 +17,7 @@ from torch import nn
 from r3patch._errors import ReplayError
 from r3patch.sessions._recompute import in_recompute
 
-__all__ = ["ForwardPasses", "Listener"]
+__all__ = ["ForwardPasses", "Listener", "innermost"]
 
 
 class Listener(Protocol):
@@ -43,14 +43,14 @@ class ForwardPasses:
 
     def watch(self, chunk: nn.Module) -> None:
         """Hook the chunk."""
-        chunk = _innermost(chunk)
+        chunk = innermost(chunk)
         chunk.register_forward_pre_hook(self._begin)
         chunk.register_forward_hook(self._commit)
         chunk.register_forward_hook(self._end, always_call=True)
 
     def unwatch(self, chunk: nn.Module) -> None:
         """Take away what hooks of `watch` there are: it may have been interrupted."""
-        chunk = _innermost(chunk)
+        chunk = innermost(chunk)
         for hooks in (chunk._forward_pre_hooks, chunk._forward_hooks):
             for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 hooks.pop(key)
@@ -85,7 +85,7 @@ class ForwardPasses:
             self._listener.rollback()
 
 
-def _innermost(chunk: nn.Module) -> nn.Module:
+def innermost(chunk: nn.Module) -> nn.Module:
     """The model in DDP(Float16Module(model)): callers may use any of them, and all come here."""
     while isinstance(inner := getattr(chunk, "module", None), nn.Module):
         chunk = inner

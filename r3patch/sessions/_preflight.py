@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -159,16 +160,16 @@ def _weakened(config: Any) -> Iterator[tuple[str, str]]:
         yield (
             f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}",
             (
-                "assignments above the capacity are dropped after replay, so the trained routes are "
-                "not the rollout's. Set it to None."
+                "assignments above the capacity are dropped after replay, so the trained routes "
+                "are not the rollout's. Set it to None."
             ),
         )
     if getattr(config, "moe_router_fusion", False):
         yield (
             "moe_router_fusion=True",
             (
-                "the fused kernel returns before the extension point: sessions turn it off for their "
-                "duration, so bits differ from the fused kernel's."
+                "the fused kernel returns before the extension point: sessions turn it off for "
+                "their duration, so bits differ from the fused kernel's."
             ),
         )
 
@@ -344,6 +345,15 @@ def _captured_by_cuda_graph(config: Any) -> str | None:
     if whole or {"moe", "moe_router", "full_iteration"} & set(names):
         return f"cuda_graph_impl={impl!r} over {names or 'whole layers'}"
     return None
+
+
+def tensor_parallel() -> tuple[int, int]:
+    """The number of tensor-parallel ranks and this one's, by Megatron's parallel state."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return 1, 0
+    size = int(state.get_tensor_model_parallel_world_size())
+    return size, int(state.get_tensor_model_parallel_rank())
 
 
 def _megatron_found() -> str:

@@ -21,11 +21,13 @@ from torch import nn
 from r3patch._errors import R3PatchError, ReplayError
 from r3patch.labels import model as models
 from r3patch.labels.model import MainRouter, RouterInfo
+from r3patch.labels.scope import MAIN
 from r3patch.observe import trace
 from r3patch.observe.stats import RouterStats
 from r3patch.sessions import _preflight
 from r3patch.sessions._passes import ForwardPasses, Listener
 from r3patch.sessions._tap import Tap
+from r3patch.sessions._tokens import TokenWatch
 
 if TYPE_CHECKING:
     from r3patch.labels.model import Model
@@ -65,6 +67,7 @@ class Plan:
     chunk: Chunk
     taps: Sequence[Tap]
     listener: Listener
+    tokens: TokenWatch | None = None
 
 
 class Lifetime:
@@ -116,9 +119,9 @@ class Lifetime:
 class Session:
     """A model that was checked, with taps in its routers, for some time."""
 
-    def __init__(self, kind: str, model: Model, step: int | None) -> None:
+    def __init__(self, kind: str, model: Model, step: int | None, name: str | None) -> None:
         self._chunks = models.chunks(model)
-        self._step = step
+        self._step, self._name = step, name
         self._taps: list[Tap] = []
         self._main: list[MainRouter] = []
         self._notes: dict[str, float] = {}
@@ -163,6 +166,9 @@ class Session:
         passes = ForwardPasses(plan.chunk.name, plan.listener)
         self._lifetime.undo(functools.partial(passes.unwatch, plan.chunk.module))
         passes.watch(plan.chunk.module)
+        if plan.tokens is not None:
+            self._lifetime.undo(plan.tokens.unwatch)
+            plan.tokens.watch()
 
     def _set(self, router: Any, name: str, value: object) -> None:
         self._lifetime.undo(functools.partial(setattr, router, name, getattr(router, name)))
@@ -181,6 +187,7 @@ class Session:
                 str(tap.info.scope),
                 tap.info.layer_number,
                 topk=topk.get(id(tap.info.module)) or int(tap.info.module.config.moe_router_topk),
+                hash_routed=tap.info.scope == MAIN and not _preflight.takes_routes(tap.info),
                 **tap.counts(),
             )
             for tap in self._taps

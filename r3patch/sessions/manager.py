@@ -13,6 +13,8 @@ from r3patch import _config
 from r3patch._errors import ReplayError
 from r3patch.rows.fit import Missing
 from r3patch.rows.routes import Routes
+from r3patch.sessions._alarm import AlarmMode
+from r3patch.sessions._tokens import TokenMode
 from r3patch.sessions.record import RecordSession
 from r3patch.sessions.replay import ReplaySession
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["RecordSession", "ReplayManager", "ReplaySession", "record", "replay"]
 
 
-def record(model: Model, *, step: int | None = None) -> RecordSession:
+def record(model: Model, *, step: int | None = None, name: str | None = None) -> RecordSession:
     """Record which experts a model's main routers choose by themselves.
 
     ::
@@ -36,6 +38,7 @@ def record(model: Model, *, step: int | None = None) -> RecordSession:
     Args:
         model: a module or a list of chunks (virtual pipeline), wrapped (DDP, Float16Module) or not.
         step: the training step, for the trace.
+        name: the phase of the step, such as "log-probs", for the trace.
 
     Returns:
         A session, to be entered by ``with``. Its ``routes`` are there after the block; each has
@@ -53,7 +56,7 @@ def record(model: Model, *, step: int | None = None) -> RecordSession:
         UnlabelledRouterError, ScopeConflictError: labels cannot be trusted, see `r3patch.verify`.
         ReplayError: another session is open on the model; a chunk or a router is there twice.
     """
-    return RecordSession(model, step=step)
+    return RecordSession(model, step=step, name=name)
 
 
 def replay(
@@ -63,6 +66,9 @@ def replay(
     missing: Missing = "live",
     measure: bool | None = None,
     step: int | None = None,
+    name: str | None = None,
+    tokens: TokenMode = "check",
+    alarm: AlarmMode | None = None,
 ) -> ReplaySession:
     """Make a model's main routers use the given experts; routers in scope "mtp" never do.
 
@@ -88,12 +94,20 @@ def replay(
         measure: compare with Megatron's own choice (costs a top-k per call). None means the
             environment's R3PATCH_MEASURE.
         step: the training step, for the trace.
+        name: the phase of the step, such as "train", for the trace.
+        tokens: where routes carry the tokens that they were computed for, they are compared with
+            what the model gets. ``"check"`` raises on leaving the block, before the optimizer step;
+            ``"strict"`` at once where ids are on the CPU; ``"ignore"`` is for trainers that replace
+            input tokens on purpose.
+        alarm: what happens on leaving where the first rows hardly agree with Megatron's own choice:
+            ``"warn"``, ``"raise"`` or ``"off"``. None means the environment's R3PATCH_ALARM.
 
     Returns:
         A session, to be entered by ``with``; ``session.stats`` says what each router did.
 
     Raises:
-        ReplayError: ``microbatches`` is one `Routes`, or ``missing`` is no such word.
+        ReplayError: ``microbatches`` is one `Routes`; ``missing``, ``tokens`` or ``alarm`` is no
+            such word.
         TypeError: the model is neither a module nor a list of modules.
 
     On entering, besides the errors that `record` has there:
@@ -112,8 +126,20 @@ def replay(
         raise ReplayError("replay() got one Routes; it takes a list, one for each microbatch.")
     if missing not in ("live", "spread", "error"):
         raise ReplayError(f"missing={missing!r}; it takes 'live', 'spread' or 'error'.")
-    measure = _config.CONFIG.measure if measure is None else measure
-    return ReplaySession(model, microbatches, missing=missing, measure=measure, step=step)
+    if tokens not in ("check", "strict", "ignore"):
+        raise ReplayError(f"tokens={tokens!r}; it takes 'check', 'strict' or 'ignore'.")
+    if alarm not in (None, "warn", "raise", "off"):
+        raise ReplayError(f"alarm={alarm!r}; it takes 'warn', 'raise' or 'off'.")
+    return ReplaySession(
+        model,
+        microbatches,
+        missing=missing,
+        measure=_config.CONFIG.measure if measure is None else measure,
+        step=step,
+        name=name,
+        tokens=tokens,
+        alarm=_config.CONFIG.alarm if alarm is None else alarm,
+    )
 
 
 class ReplayManager:
@@ -126,9 +152,9 @@ class ReplayManager:
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def record(self, *, step: int | None = None) -> RecordSession:
+    def record(self, *, step: int | None = None, name: str | None = None) -> RecordSession:
         """See `r3patch.record`."""
-        return record(self.model, step=step)
+        return record(self.model, step=step, name=name)
 
     def replay(
         self,
@@ -137,6 +163,18 @@ class ReplayManager:
         missing: Missing = "live",
         measure: bool | None = None,
         step: int | None = None,
+        name: str | None = None,
+        tokens: TokenMode = "check",
+        alarm: AlarmMode | None = None,
     ) -> ReplaySession:
         """See `r3patch.replay`."""
-        return replay(self.model, microbatches, missing=missing, measure=measure, step=step)
+        return replay(
+            self.model,
+            microbatches,
+            missing=missing,
+            measure=measure,
+            step=step,
+            name=name,
+            tokens=tokens,
+            alarm=alarm,
+        )

@@ -28,8 +28,8 @@ __all__ = ["RecordSession"]
 class RecordSession(Session):
     """``with record(model) as recording:``; then ``recording.routes``."""
 
-    def __init__(self, model: Model, *, step: int | None = None) -> None:
-        super().__init__("record", model, step)
+    def __init__(self, model: Model, *, step: int | None = None, name: str | None = None) -> None:
+        super().__init__("record", model, step, name)
         self._recordings: list[Recording] = []
         self._routes: list[Routes] | None = None
 
@@ -117,6 +117,7 @@ class RecordSession(Session):
             lambda: trace.session(
                 "record",
                 step=self._step,
+                name=self._name,
                 stats=self.stats if readable(error) else None,
                 notes=self._notes,
                 expert_load=_load(self.routes) if error is None else None,

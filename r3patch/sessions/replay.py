@@ -24,11 +24,13 @@ from r3patch.observe.stats import ReplayStats
 from r3patch.rows.fit import Missing, check_fit
 from r3patch.rows.routes import Routes
 from r3patch.sessions import _preflight
+from r3patch.sessions._alarm import ROWS, Alarm, AlarmMode
 from r3patch.sessions._measure import Measure, TokenFigures
 from r3patch.sessions._microbatch import DeviceRows, Microbatch, check_size
 from r3patch.sessions._recompute import CallLog, Surroundings, in_recompute, surroundings
 from r3patch.sessions._session import Chunk, Lifetime, Plan, Session, readable
 from r3patch.sessions._tap import Selection, Tap, TopkCall, unseen
+from r3patch.sessions._tokens import TokenMode, TokenWatch
 
 if TYPE_CHECKING:
     from r3patch.labels.model import Model
@@ -49,11 +51,16 @@ class ReplaySession(Session):
         missing: Missing = "live",
         measure: bool = False,
         step: int | None = None,
+        name: str | None = None,
+        tokens: TokenMode = "check",
+        alarm: AlarmMode = "warn",
     ) -> None:
-        super().__init__("replay", model, step)
+        super().__init__("replay", model, step, name)
         self._prefilled = list(microbatches)
         self._missing: Missing = missing
         self._measure = measure
+        self._tokens: TokenMode = tokens
+        self._alarm = Alarm(alarm)
         self._queues: list[MicrobatchQueue] = []
 
     def __enter__(self) -> ReplaySession:
@@ -84,12 +91,15 @@ class ReplaySession(Session):
 
         Raises:
             ReplayError: a main router did not take every microbatch: replay was a no-op in part.
+                Rows belong to other tokens than the model got. The alarm rang, in mode "raise".
         """
         self._leave()
         try:
             if error is None:
                 for queue in self._queues:
                     queue.check_consumed()
+                    queue.tokens.check()
+                self._alarm.ring(self._overlap())
         except BaseException as failure:
             error = failure
             raise
@@ -117,12 +127,24 @@ class ReplaySession(Session):
     @property
     def stats(self) -> ReplayStats:
         """What the session did so far, router by router. Measured figures wait for the device."""
-        seconds = sum(queue.seconds for queue in self._queues)
-        return ReplayStats(self._router_stats(), self._token_codes(), seconds)
+        return ReplayStats(
+            self._router_stats(),
+            self._token_codes(),
+            sum(queue.seconds for queue in self._queues),
+            token_checks=tuple(queue.tokens.report() for queue in self._queues),
+            agreement=self._alarm.kappa,
+        )
 
     def _prepare(self, chunks: list[Chunk]) -> list[Plan]:
         self._queues = [
-            MicrobatchQueue(chunk, missing=self._missing, figures=self._measure) for chunk in chunks
+            MicrobatchQueue(
+                chunk,
+                missing=self._missing,
+                figures=self._measure,
+                probes=0 if self._alarm.mode == "off" else ROWS,
+                tokens=TokenWatch(chunk.module, chunk.index, self._tokens),
+            )
+            for chunk in chunks
         ]
         for number, routes in enumerate(self._prefilled):
             for queue in self._queues:
@@ -132,10 +154,11 @@ class ReplaySession(Session):
             Plan(
                 queue.chunk,
                 [
-                    ReplayTap(router, queue, self._lifetime, measure=self._measure)
+                    ReplayTap(router, queue, self._lifetime, self._alarm, measure=self._measure)
                     for router in queue.chunk.main
                 ],
                 queue,
+                queue.tokens,
             )
             for queue in self._queues
         ]
@@ -155,6 +178,12 @@ class ReplaySession(Session):
             f"feed(chunk=...) got a {type(chunk).__qualname__} that is not one of the session's "
             f"{len(self._chunks)} chunks. Open the session on the model that forward_step gets."
         )
+
+    def _overlap(self) -> float | None:
+        """Of all measured rows with Megatron's choice; None if nothing was measured."""
+        routers = [router for router in self._router_stats() if router.rows_measured]
+        experts = sum(router.rows_measured * router.topk for router in routers)
+        return sum(router.experts_shared for router in routers) / experts if experts else None
 
     def _token_codes(self) -> bytes:
         """See ``ReplayStats.tokens``: a token differs where it does in any chunk."""
@@ -181,6 +210,7 @@ class ReplaySession(Session):
             lambda: trace.session(
                 "replay",
                 step=self._step,
+                name=self._name,
                 stats=self.stats if readable(error) else None,
                 notes=self._notes,
                 expert_load=self._expert_load() if error is None else None,
@@ -197,14 +227,18 @@ class MicrobatchQueue:
     has returned, and the regions that a backward may repeat.
     """
 
-    def __init__(self, chunk: Chunk, *, missing: Missing, figures: bool) -> None:
+    def __init__(
+        self, chunk: Chunk, *, missing: Missing, figures: bool, probes: int, tokens: TokenWatch
+    ) -> None:
         self.chunk = chunk
         self.given = 0
         self.seconds = 0.0
         self.figures: list[TokenFigures] = []
         self.load: ExpertLoad | None = None  # for the trace
+        self.tokens = tokens
         self._missing: Missing = missing
         self._measure = figures
+        self._probes = probes
         config = chunk.main[0].module.config if chunk.main else None
         self._ep_size = int(getattr(config, "expert_model_parallel_size", 1) or 1)
         self._mlp_chunks = _preflight.mlp_chunks(config) if chunk.main else 1
@@ -230,7 +264,14 @@ class MicrobatchQueue:
         )
         if not routers:
             return
-        microbatch = Microbatch(routes, routers, missing=self._missing, ep_size=self._ep_size)
+        microbatch = Microbatch(
+            routes,
+            routers,
+            missing=self._missing,
+            ep_size=self._ep_size,
+            probes=0 if self.given else self._probes,
+        )
+        self.tokens.remember(self.given, routes.tokens)
         self._waiting[self.given] = microbatch
         self.given += 1
         if self._measure:
@@ -261,17 +302,18 @@ class MicrobatchQueue:
                 )
             start = self._taken.get(layer, 0)
             check_size(microbatch.num_tokens, start, num_tokens, self._mlp_chunks, router.name)
-            index = self._current
+            index, first = self._current, not self._taken
             self._taken[layer] = start + num_tokens
             if start + num_tokens == microbatch.num_tokens:
                 self._done.add(layer)
                 if len(self._done) == len(self.chunk.main):
                     self._advance()
-        return Rows(microbatch, index, start, start + num_tokens)
+        return Rows(microbatch, index, start, start + num_tokens, first)
 
     def begin(self) -> None:
         """See `Listener`."""
         self._pass = self._current
+        self.tokens.restart()
 
     def commit(self) -> None:
         """See `Listener`."""
@@ -373,6 +415,7 @@ class Rows(NamedTuple):
     number: int  # of the microbatch
     start: int
     stop: int
+    first: bool  # of all routers of the chunk
     in_gaps: torch.Tensor | None = None  # [num_gaps, topk] int16: Megatron's choice, frozen
     own: torch.Tensor | None = None  # [num_tokens, topk] int16: Megatron's choice, if measured
 
@@ -381,11 +424,18 @@ class ReplayTap(Tap):
     """Gives a main router the rows of the rollout: microbatch after microbatch, whole ones."""
 
     def __init__(
-        self, router: MainRouter, queue: MicrobatchQueue, lifetime: Lifetime, *, measure: bool
+        self,
+        router: MainRouter,
+        queue: MicrobatchQueue,
+        lifetime: Lifetime,
+        alarm: Alarm,
+        *,
+        measure: bool,
     ) -> None:
         super().__init__(router.info, queue.chunk.index)
         self._router = router
         self._queue = queue
+        self._alarm = alarm
         self._column = queue.chunk.main.index(router)
         self._ordered = _preflight.sums_in_order(router)
         grouped = bool(getattr(router.module.config, "moe_router_group_topk", None))
@@ -410,6 +460,8 @@ class ReplayTap(Tap):
 
     def _forward(self, call: TopkCall, around: Surroundings) -> torch.Tensor:
         rows = self._queue.take(self._router, call.scores.shape[0])
+        if rows.first:
+            self._queue.tokens.compare(rows.microbatch, rows.number, call.scores.device)
         ids, gaps = self._rollout(rows, call)
         own = in_gaps = None
         if self._measure is not None:
@@ -423,6 +475,7 @@ class ReplayTap(Tap):
         self._count(rows)
         if gaps is not None and in_gaps is not None:
             ids = ids.index_copy(0, gaps, in_gaps)
+        self._probe(call, rows, ids, own)
         ids = self._in_order(call, ids)
         if self._measure is None or own is None:
             return ids
@@ -448,6 +501,17 @@ class ReplayTap(Tap):
         own = call.own_ids()
         same = self._measure.recompute(ids, own, rows.own)
         return torch.where(same.unsqueeze(1), own, ids)
+
+    def _probe(
+        self, call: TopkCall, rows: Rows, ids: torch.Tensor, own: torch.Tensor | None
+    ) -> None:
+        """Show the alarm a few rows of the first microbatch."""
+        there = rows.microbatch.on_device
+        probes = None if there is None else there.probes[self._column]
+        if probes is None or rows.start or len(ids) < rows.microbatch.num_tokens:
+            return
+        own = call.own_ids(probes) if own is None else own.index_select(0, probes)
+        self._alarm.add(ids.index_select(0, probes), own, self._router.num_experts)
 
     def _rollout(self, rows: Rows, call: TopkCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rollout's ids ``[num_tokens, topk] int64``, and the rows that have none."""

@@ -224,5 +224,5 @@ def _module(name: str) -> ModuleType:
     except ImportError as error:
         raise UnsupportedMegatronError(
             f"r3patch.testing needs {name} ({error}). Install it by: "
-            "pip install 'r3patch[megatron]'"
+            "pip install '.[megatron]' in a checkout of r3patch"
         ) from error

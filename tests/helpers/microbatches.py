@@ -29,7 +29,11 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, list[int]]:
     even = 2 * cp * tp
     if fields["packed"]:
         fields["align"] = draw(st.sampled_from([1, 2, 3, 8]))
-        fields["pad_to_multiple"] = even * draw(st.integers(1, 3))
+        fields["tail_in_last_sample"] = draw(st.booleans())
+        if draw(st.booleans()):
+            fields["pad_to_multiple"] = even * draw(st.integers(1, 3))
+        else:  # five samples of 21 tokens, each padded to 48 at most
+            fields["pack_length"] = even * math.ceil(5 * 48 / even)
     else:
         fields["seq_length"] = even * draw(st.integers(math.ceil(21 / even), 12))
         fields["padding_side"] = draw(st.sampled_from(["right", "left"]))

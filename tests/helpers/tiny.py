@@ -47,6 +47,9 @@ EXPERTS, TOPK = 16, 4
 
 def build(**overrides: Any) -> Any:  # torch types attributes of a module as Tensor | Module
     """A small MoE + MTP model; the expert bias is filled, so that it matters."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker.clear()  # it keeps the number of depths of the first model
     torch.manual_seed(0)
     config = {"num_layers": 3, "num_moe_experts": EXPERTS, **overrides}
     (model,) = testing.tiny_model(**config)

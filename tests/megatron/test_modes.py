@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,7 +201,7 @@ def run(compiled):
     (model,) = testing.tiny_model(num_moe_experts=16)
     testing.seed_parameters(model)
     if compiled:
-        for layer in model.decoder.layers:
+        for layer in model.decoder.layers[1:]:  # the first one is dense
             layer.mlp.compile(backend="eager")
     maps = {}
     infos = r3patch.routers(model)
@@ -233,7 +232,6 @@ print("equal")
 def test_a_compiled_layer_replays_as_an_eager_one() -> None:
     """A compiled region that calls a tapped router behaves as eager, and live after the session."""
     env = {k: v for k, v in os.environ.items() if k != "TORCHDYNAMO_DISABLE"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-W", "ignore", "-c", COMPILED]
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=300, check=False

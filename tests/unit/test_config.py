@@ -19,6 +19,7 @@ def test_defaults() -> None:
         native="govern",
         bridges=("miles", "slime", "verl"),
         measure=False,
+        alarm="warn",
         trace=None,
     )
 
@@ -31,6 +32,8 @@ def test_defaults() -> None:
         ("R3PATCH_BRIDGES", "none", "bridges", ()),
         ("R3PATCH_BRIDGES", "verl,miles", "bridges", ("miles", "verl")),
         ("R3PATCH_MEASURE", "1", "measure", True),
+        ("R3PATCH_ALARM", "raise", "alarm", "raise"),
+        ("R3PATCH_ALARM", "off", "alarm", "off"),
         ("R3PATCH_TRACE", "run/trace.jsonl", "trace", "run/trace.jsonl"),
         ("R3PATCH_TRACE", "", "trace", None),
     ],
@@ -51,6 +54,7 @@ def test_values(name: str, value: str, field: str, expected: Any) -> None:
         ("R3PATCH_BRIDGES", "miles,"),
         ("R3PATCH_BRIDGES", "auto,verl"),
         ("R3PATCH_MEASURE", "2"),
+        ("R3PATCH_ALARM", "loud"),
     ],
 )
 def test_other_values_are_refused(name: str, value: str) -> None:
@@ -67,9 +71,9 @@ def test_unknown_variables_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         _config.read({"R3PATCH_MESURE": "1", "R3PATCH_DISABLE": "1"})
     assert str(caught.value) == (
-        "unknown environment variable R3PATCH_MESURE: r3patch knows R3PATCH_BRIDGES, "
-        "R3PATCH_DISABLE, R3PATCH_MEASURE, R3PATCH_NATIVE, R3PATCH_TRACE. Unset it or correct its "
-        "name."
+        "unknown environment variable R3PATCH_MESURE: r3patch knows R3PATCH_ALARM, "
+        "R3PATCH_BRIDGES, R3PATCH_DISABLE, R3PATCH_MEASURE, R3PATCH_NATIVE, R3PATCH_TRACE. Unset it "
+        "or correct its name."
     )
 
 

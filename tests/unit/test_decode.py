@@ -102,6 +102,13 @@ def test_a_stated_start_is_not_second_guessed() -> None:
         decode(envelope(full, full.tobytes(), start=2), **sample.sizes)
 
 
+def test_a_surplus_row_goes_with_no_start() -> None:
+    """As many rows as tokens from token 2 on are other tokens' rows."""
+    sample, longer = make(num_tokens=5, num_layers=5), make(num_tokens=6, num_layers=5)
+    with pytest.raises(RoutesError, match=r"has 5 rows, expected 2: 5 tokens.*less start=2"):
+        decode(FORMATS["sglang"](longer), **sample.sizes, start=2)
+
+
 def test_an_empty_string_is_zero_rows() -> None:
     """SGLang answers "" when start is at the last token; None is another thing."""
     sample = make(num_tokens=5)

@@ -37,7 +37,12 @@ def repeated_id(rows: Array) -> None:
     rows[2, 1, 0] = rows[2, 1, 2]
 
 
+def physical_id_just_outside(rows: Array) -> None:
+    rows[2, 1, 0] = 20
+
+
 BAD = [
+    (physical_id_just_outside, "below num_experts=20: these may be physical ids"),
     (zero_row, "A row of zeros was never captured: prefill/decode disaggregation"),
     (physical_id, "below num_experts=20: these may be physical ids"),
     (partly_missing, "-1 as a whole .missing. or not at all"),
@@ -72,6 +77,14 @@ def test_bad_rows_can_be_marked_counted_and_logged(
     assert record.levelno == logging.WARNING
     assert "a3: 1 of 10 rows are bad" in record.getMessage()
     assert record.getMessage().endswith("They are marked invalid.")
+
+
+def test_the_first_bad_row_says_the_cause() -> None:
+    """Later rows may be bad for other causes."""
+    sample = damaged(physical_id)
+    sample.rows[4, 0] = 0
+    with pytest.raises(RoutesError, match=r"2 of 10 rows.*at token 2, .*may be physical ids"):
+        decode(FORMATS["sglang"](sample), **sample.sizes)
 
 
 def test_the_token_of_a_bad_row_counts_from_the_start_of_the_sample() -> None:
@@ -121,6 +134,22 @@ def test_top_1_takes_zeros_until_a_layer_holds_nothing_else() -> None:
     assert decode(FORMATS["sglang"](short), **short.sizes) == short.routes
 
 
+def test_a_dead_layer_does_not_hide_other_bad_rows() -> None:
+    """With topk 1 both kinds are counted and marked."""
+    sample = make(num_tokens=100, topk=1)
+    sample.rows[:, 1] = 0
+    sample.rows[3, 0] = 99
+    routes = decode(FORMATS["sglang"](sample), **sample.sizes, on_bad_rows="invalid")
+    assert routes.bad_rows == 99 + 1
+    assert routes.mask[2:5].tolist() == [[True, False], [False, False], [True, False]]
+
+
+def test_one_expert_is_no_dead_layer() -> None:
+    """A model of one expert has zeros only."""
+    sample = make(num_tokens=100, topk=1, num_experts=1)
+    assert decode(FORMATS["sglang"](sample), **sample.sizes) == sample.routes
+
+
 def test_bad_rows_of_a_long_sample_are_all_counted() -> None:
     """Rows are checked in blocks; bad ones are found in each."""
     sample = make(num_tokens=30_000, num_layers=3, moe_layers=(1, 3), topk=8, num_experts=64)
@@ -140,6 +169,17 @@ def test_a_long_run_of_equal_rows_warns(caplog: pytest.LogCaptureFixture) -> Non
     assert decode(FORMATS["sglang"](sample), **sample.sizes, name="a3") == sample.routes
     [record] = caplog.records
     assert "a3: the 20 rows of tokens 20 to 39 are equal in every layer" in record.getMessage()
+
+
+@pytest.mark.parametrize(("length", "warns"), [(15, False), (16, True)])
+def test_sixteen_equal_rows_are_a_run(
+    length: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As docs/rollout.md says, in a sample hardly longer too."""
+    sample = make(num_tokens=20)
+    sample.rows[2 : 2 + length] = sample.rows[2]
+    decode(FORMATS["sglang"](sample), **sample.sizes)
+    assert len(caplog.records) == warns
 
 
 def test_equal_rows_in_one_layer_do_not_warn(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import sys
-import types
-from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from microbatches import Case, layouts
 
-from r3patch import Layout, Routes, RoutesError
+from r3patch import Layout, Routes
 
 PAD = None
 TOPK, EXPERTS, LAYERS = 2, 300, (2, 5)
@@ -43,21 +41,28 @@ def oracle(layout: Layout, lengths: list[int]) -> list[tuple[int, int] | None]:
     mine: list[tuple[int, int] | None] = []
     if layout.packed:
         unit = math.lcm(layout.align, 2 * cp) if zigzag else layout.align
-        row: list[tuple[int, int] | None] = []
+        wholes: list[list[tuple[int, int] | None]] = []
         for number, length in enumerate(lengths):
             whole: list[tuple[int, int] | None] = [(number, t) for t in range(length)]
             while len(whole) % unit:
                 whole.append(PAD)
-            if zigzag:
-                mine += [x for i, x in enumerate(whole) if rank_of(i, len(whole)) == layout.cp_rank]
-            row += whole
-        tail = 0
-        while (len(row) + tail) % layout.pad_to_multiple:
+            wholes.append(whole)
+        tail, total = 0, sum(map(len, wholes))
+        while (
+            (total + tail) % layout.pad_to_multiple
+            if layout.pack_length is None
+            else total + tail < layout.pack_length
+        ):
             tail += 1
+        if zigzag and layout.tail_in_last_sample:
+            wholes[-1] += [PAD] * tail
+            tail = 0
         if zigzag:
+            for whole in wholes:
+                mine += [x for i, x in enumerate(whole) if rank_of(i, len(whole)) == layout.cp_rank]
             mine += [PAD] * (tail // cp)
         else:
-            row += [PAD] * tail
+            row = [*itertools.chain(*wholes), *[PAD] * tail]
             mine = [x for i, x in enumerate(row) if rank_of(i, len(row)) == layout.cp_rank]
     else:
         size = layout.seq_length
@@ -103,6 +108,69 @@ def test_place_ids_names_the_token_of_every_row(case: Case) -> None:
     ids = [torch.arange(length) + 100 * number for number, length in enumerate(lengths)]
     expected = [-7 if w is PAD else 100 * w[0] + w[1] for w in oracle(layout, lengths)]
     assert layout.place_ids(ids, pad=-7).tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(layouts())
+def test_place_values_is_the_same_arithmetic(case: Case) -> None:
+    """Log-probs, masks, vectors: any dtype and trailing shape, padding where place has it."""
+    layout, lengths = case
+    values = [torch.arange(length) + 100.5 * number for number, length in enumerate(lengths)]
+    expected = [-1.0 if w is PAD else 100.5 * w[0] + w[1] for w in oracle(layout, lengths)]
+    assert layout.place_values(values, pad=-1).tolist() == expected
+    vectors = [torch.stack([v, v + 0.25], 1).to(torch.float64) for v in values]
+    placed = layout.place_values(vectors, pad=float("nan"))
+    assert placed.dtype == torch.float64
+    assert placed.isnan().all(1).tolist() == [x == -1 for x in expected]
+    assert placed[:, 1].nan_to_num(-1).tolist() == [x + 0.25 if x != -1 else -1 for x in expected]
+    masks = [torch.ones(length, dtype=torch.bool) for length in lengths]
+    assert layout.place_values(masks, pad=False).tolist() == [x != -1 for x in expected]
+
+
+@settings(max_examples=200, deadline=None)
+@given(layouts(), st.booleans(), st.booleans())
+def test_unplace_is_the_inverse_of_place(case: Case, known: bool, tokens: bool) -> None:
+    """The parts of all ranks give the samples again; what was recorded for padding is dropped."""
+    layout, lengths = case
+    samples = [sample(number, length) for number, length in enumerate(lengths)]
+    if tokens:
+        samples = [
+            Routes(
+                s.experts, LAYERS, s.valid, num_experts=EXPERTS, tokens=torch.arange(s.num_tokens)
+            )
+            for s in samples
+        ]
+    ranks = [
+        dataclasses.replace(layout, cp_rank=c, tp_rank=t)
+        for c in range(layout.cp_size)
+        for t in (range(layout.tp_size) if layout.sequence_parallel else [layout.tp_rank])
+    ]
+    parts = [rank.place(samples) for rank in ranks]
+    if known:  # as a recording has them: experts for padding and last tokens as well
+        filler = torch.tensor([7, 8]).expand(parts[0].num_tokens, len(LAYERS), TOPK)
+        parts = [
+            Routes(
+                torch.where(p.mask.unsqueeze(-1), p.experts, filler),
+                LAYERS, num_experts=EXPERTS, tokens=p.tokens,
+            )
+            for p in parts
+        ]  # fmt: skip
+        samples = [
+            Routes(
+                torch.where(s.mask.unsqueeze(-1), s.experts, torch.tensor([7, 8])),
+                LAYERS, num_experts=EXPERTS, tokens=s.tokens,
+            )
+            for s in samples
+        ]  # fmt: skip
+    assert layout.unplace(parts, lengths) == samples
+    mine = layout.unplace(layout.place(samples), lengths)
+    here = [{w[1] for w in oracle(layout, lengths) if w and w[0] == n} for n in range(len(lengths))]
+    for part, whole, tokens_here in zip(mine, samples, here, strict=True):
+        mask = torch.tensor([t in tokens_here for t in range(whole.num_tokens)], dtype=torch.bool)
+        assert part.mask.tolist() == (whole.mask & mask.unsqueeze(1)).tolist()
+        assert part.experts[part.mask].tolist() == whole.experts[part.mask].tolist()
+        if whole.tokens is not None and part.tokens is not None:
+            assert part.tokens.tolist() == torch.where(mask, whole.tokens, -1).tolist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -169,88 +237,52 @@ def test_a_placed_part_holds_its_own_memory() -> None:
     assert placed.experts.untyped_storage().nbytes() == placed.experts.nbytes
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"tp_rank": 1}, "tp_rank=1 does not exist with tp_size=1"),
-        ({"cp_size": 2, "cp_rank": 2}, "cp_rank=2 does not exist with cp_size=2"),
-        ({"cp_size": 0}, "cp_size=0"),
-        ({"cp_order": "ring"}, "cp_order is 'ring'"),
-        ({"align": 0}, "align=0"),
-        ({"seq_length": 8}, "belong to padded batches"),
-        ({"padding_side": "left"}, "belong to padded batches"),
-        ({"packed": False}, "seq_length is None"),
-        ({"packed": False, "seq_length": 8, "align": 2}, "belong to packed batches"),
-        ({"packed": False, "seq_length": 6, "cp_size": 2}, "cannot be cut into 4 chunks"),
-        (
-            {"packed": False, "seq_length": 4, "cp_size": 2, "tp_size": 4}
-            | {"sequence_parallel": True},
-            "each rank's part into 4 for sequence parallelism",
-        ),
-    ],
-)
-def test_impossible_fields_are_refused(fields: dict[str, Any], message: str) -> None:
-    """A layout that no batch can have does not get built."""
-    with pytest.raises(RoutesError, match=message):
-        Layout(**fields)
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_prompts_on_the_left_and_responses_on_the_right(data: st.DataObject) -> None:
+    """verl and tunix: every prompt ends at the width, every response begins there."""
+    cp, tp = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([1, 2]))
+    prompts = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    responses = [data.draw(st.integers(0, 7)) for _ in prompts]
+    width = data.draw(st.integers(5, 9))
+    size = 4 * math.ceil((width + 7) / 4)
+    layout = Layout(
+        packed=False, seq_length=size, prompt_width=width, cp_size=cp, tp_size=tp,
+        sequence_parallel=True, cp_rank=data.draw(st.integers(0, cp - 1)),
+        tp_rank=data.draw(st.integers(0, tp - 1)), cp_order="contiguous",
+    )  # fmt: skip
+    batch = torch.full((len(prompts), size), -1)
+    ids, samples = [], []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids.append(torch.arange(prompt + response) + 100 * row)
+        batch[row, width - prompt : width] = ids[-1][:prompt]
+        batch[row, width : width + response] = ids[-1][prompt:]
+        samples.append(Routes.missing(prompt + response, (1,), 1, 4, tokens=ids[-1]))
+    expected = batch.t().chunk(cp)[layout.cp_rank].reshape(-1).chunk(tp)[layout.tp_rank]
+    placed = layout.place(samples, prompts)
+    assert placed.tokens is not None
+    assert placed.tokens.tolist() == expected.tolist()
+    assert layout.place_ids(ids, prompts=prompts).tolist() == expected.tolist()
+    parts = [
+        dataclasses.replace(layout, cp_rank=c, tp_rank=t).place(samples, prompts)
+        for c in range(cp)
+        for t in range(tp)
+    ]
+    assert layout.unplace(parts, [len(i) for i in ids], prompts) == samples
 
 
-def test_tokens_that_cannot_be_cut_are_refused() -> None:
-    """An uneven cut names the number of tokens and the field to set."""
-    uneven = Layout(tp_size=2, sequence_parallel=True)
-    with pytest.raises(RoutesError, match=r"5 tokens cannot be cut over tp_size=2.*pad_to_mult"):
-        uneven.place([sample(0, 5)])
-    uneven = Layout(cp_size=2, cp_order="contiguous")
-    with pytest.raises(RoutesError, match=r"5 tokens cannot be cut over cp_size=2.*pad_to_mult"):
-        uneven.place([sample(0, 5)])
+def test_the_tail_in_the_last_sample_by_hand() -> None:
+    """NeMo-RL with pipeline and context parallelism: the tail is cut with the last sample."""
+    ids = [torch.tensor([1, 2]), torch.arange(6, 12)]
+    own = Layout(cp_size=2, pad_to_multiple=16).place_ids(ids, pad=0)
+    last = Layout(cp_size=2, pad_to_multiple=16, tail_in_last_sample=True).place_ids(ids, pad=0)
+    assert own.tolist() == [1, 0, 6, 7, 0, 0, 0, 0]
+    assert last.tolist() == [1, 0, 6, 7, 8, 0, 0, 0]
 
 
-def test_a_sample_longer_than_the_row_is_refused() -> None:
-    """Truncation is the user's decision: place does not drop tokens."""
-    with pytest.raises(RoutesError, match="sample 1 has 9 tokens, more than seq_length=8"):
-        Layout(packed=False, seq_length=8).place([sample(0, 3), sample(1, 9)])
-
-
-def test_unlike_samples_are_refused() -> None:
-    """Samples with other layers cannot share a microbatch."""
-    with pytest.raises(RoutesError, match=r"the samples differ in .*Routes.select"):
-        Layout().place([sample(0, 3), sample(1, 3).select((5,))])
-    with pytest.raises(RoutesError, match="got none"):
-        Layout().place([])
-    with pytest.raises(RoutesError, match="1-dimensional"):
-        Layout().place_ids([torch.zeros(1, 3)])
-
-
-class Config:
-    tensor_model_parallel_size = 4
-    context_parallel_size = 2
-    sequence_parallel = True
-
-
-def test_from_megatron_takes_sizes_from_the_config_and_given_ranks() -> None:
-    """On a controller the ranks are given, and nothing of Megatron is needed."""
-    layout = Layout.from_megatron(Config, tp_rank=3, cp_rank=1, align=8)
-    assert layout == Layout(
-        tp_size=4, tp_rank=3, cp_size=2, cp_rank=1, sequence_parallel=True, align=8
-    )
-
-
-def test_from_megatron_takes_the_ranks_of_an_initialised_parallel_state(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Inside a training process the ranks come from Megatron."""
-    state = types.SimpleNamespace(
-        model_parallel_is_initialized=lambda: True,
-        get_tensor_model_parallel_rank=lambda: 2,
-        get_context_parallel_rank=lambda: 1,
-    )
-    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
-    layout = Layout.from_megatron(Config)
-    assert (layout.tp_rank, layout.cp_rank) == (2, 1)
-
-
-def test_from_megatron_asks_for_a_rank_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 is never assumed where there are several."""
-    monkeypatch.delitem(sys.modules, "megatron.core.parallel_state", raising=False)
-    with pytest.raises(RoutesError, match="not initialised: give cp_rank"):
-        Layout.from_megatron(Config, tp_rank=0)
+def test_a_pack_of_one_length_by_hand() -> None:
+    """Every microbatch has the same shape, whatever its samples."""
+    ids = [torch.tensor([1, 2, 3])]
+    assert Layout(pack_length=6).place_ids(ids).tolist() == [1, 2, 3, -1, -1, -1]
+    half = Layout(pack_length=6, cp_size=2, cp_rank=1, cp_order="contiguous")
+    assert half.place_ids(ids).tolist() == [-1, -1, -1]

@@ -162,3 +162,21 @@ def test_a_hook_that_raises_is_kept_for_status(fresh: Fresh) -> None:
         """
     )
     assert "WARNING:r3patch.labels.patch:r3patch could not patch megatron.core.models" in log
+
+
+def test_uninstall_forgets_what_failed(fresh: Fresh) -> None:
+    """Afterwards nothing is failed any more: the next install starts clean."""
+    fresh(
+        """
+        import r3patch, probe
+        def hook(module):
+            raise KeyError("no such manager")
+        r3patch.labels.patch.when_imported("megatron.core.models", hook)
+        probe.build()
+        assert probe.states()[-1] == "failed"
+        r3patch.uninstall()
+        assert probe.states() == ["disabled"] * 3
+        r3patch.install()
+        r3patch.verify(probe.build())
+        """
+    )

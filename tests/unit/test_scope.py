@@ -199,6 +199,25 @@ def test_a_builder_in_a_thread_pool(fresh: Fresh) -> None:
     )
 
 
+def test_a_scope_opened_inside_an_mtp_constructor_counts(fresh: Fresh) -> None:
+    """Who says building("main") there is heard; only routers born without a scope are asked for."""
+    fresh(
+        """
+        import r3patch
+        from torch import nn
+        from r3patch.labels.scope import constructing
+        from megatron.core.transformer.moe.router import TopKRouter
+        owner = nn.Module()
+        with constructing(owner, "mtp"):
+            nn.Module.__init__(owner)
+            with r3patch.building("main"):
+                owner.first = TopKRouter(None)
+            owner.second = TopKRouter(None)
+        assert [r.r3_scope for r in owner.children()] == ["main", "mtp"]
+        """
+    )
+
+
 def test_two_models_built_at_once(fresh: Fresh) -> None:
     """Two threads, each inside its own MTP constructor while the other builds its decoder."""
     fresh(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from r3patch import ReplayError, ReplayStats
-from r3patch.observe.stats import RouterStats
+from r3patch.observe.stats import COUNTED, RouterStats
 
 
-def router(layer: int, scope: str = "main", **counts: int) -> RouterStats:
+def router(layer: int, scope: Any = "main", **counts: Any) -> RouterStats:
     return RouterStats(f"{scope}.{layer}", 0, scope, layer, topk=4, **counts)
 
 
@@ -67,3 +72,50 @@ def test_as_dict_is_json() -> None:
     data = json.loads(json.dumps(stats.as_dict()))
     assert data["routers"][0]["mismatch"] == 0.5
     assert data["token_mismatch"] == 0.5
+
+
+def test_metrics_are_flat_floats_of_stable_names() -> None:
+    """The same keys with and without measure, nan for what was not measured; rates of main only."""
+    counts = {"rows_replayed": 30, "rows_measured": 20, "experts_shared": 70}
+    measured = ReplayStats(
+        (
+            router(2, rows_differing=10, **counts),
+            router(3, rows_differing=0, **counts),
+            router(1, "mtp", rows_live=8),
+        ),
+        b"\1\2\2\0",
+        0.5,
+    ).metrics()
+    plain = ReplayStats((router(2, rows_replayed=3),)).metrics()
+    assert list(measured) == list(plain)
+    assert all(type(value) is float for value in (*measured.values(), *plain.values()))
+    assert measured["r3/mismatch"] == 10 / 40
+    assert measured["r3/worst_layer_mismatch"] == 10 / 20
+    assert measured["r3/overlap"] == 140 / 160
+    assert measured["r3/token_mismatch"] == 2 / 3
+    assert (measured["r3/rows_replayed"], measured["r3/mtp_rows_live"]) == (60, 8)
+    assert measured["r3/mtp_rows_replayed"] == 0
+    unmeasured = {name for name, value in plain.items() if math.isnan(value)}
+    assert unmeasured == {
+        f"r3/{name}"
+        for name in (
+            "mismatch",
+            "worst_layer_mismatch",
+            "overlap",
+            "token_mismatch",
+            "recompute_mismatch",
+        )
+    }
+
+
+def test_every_metric_is_in_the_documented_table() -> None:
+    """docs/observe.md names the metrics, no more and no fewer."""
+    text = (Path(__file__).parents[2] / "docs" / "observe.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `(r3/\w+)`", text, re.MULTILINE)
+    assert documented == list(ReplayStats(()).metrics())
+
+
+def test_every_count_of_a_router_adds_up() -> None:
+    """A count that is left out of the list would be that of one rank, in silence."""
+    numbers = {f.name for f in dataclasses.fields(RouterStats) if f.type == "int"}
+    assert set(COUNTED) == numbers - {"chunk", "topk"}

@@ -35,6 +35,7 @@ def tagged(tokens: list[int], seed: int = 0) -> Routes:
         [5, 0, 131_071],
         (5, 0, 131_071),
         torch.tensor([5, 0, 131_071]),
+        torch.tensor([5, 0, 131_071], dtype=torch.int32),
         np.array([5, 0, 131_071], np.uint32),
         np.array([5, 0, 131_071], np.int64),
     ],

@@ -47,7 +47,7 @@ def child(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
     """Starts a Python that runs a snippet with R3PATCH_TRACE set."""
 
     def start(code: str) -> subprocess.Popen[str]:
-        env = {**os.environ, "R3PATCH_TRACE": str(tmp_path / "run.jsonl"), "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "R3PATCH_TRACE": str(tmp_path / "run.jsonl")}
         command = [sys.executable, "-c", textwrap.dedent(code)]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
@@ -137,7 +137,12 @@ def test_every_field_is_in_the_documented_table(path: Path) -> None:
 def test_a_record_is_one_write_of_a_whole_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One system call per record, so that a crash leaves the whole of it or nothing."""
     written: list[bytes] = []
-    monkeypatch.setattr(trace.os, "write", lambda file, data: (written.append(data), len(data))[1])
+
+    def write(file: int, data: bytes) -> int:
+        written.append(data)
+        return len(data)
+
+    monkeypatch.setattr(os, "write", write)
     trace.write(trace.session("replay", stats=some_stats()))
     assert len(written) == 1
     assert written[0].endswith(b"\n")
@@ -298,7 +303,7 @@ def test_a_read_only_folder_is_no_error_at_exit(
     def refuse(*args: Any) -> int:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(trace.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     trace.write(trace.session("replay"))
     (message,) = warnings(caplog)
     assert "Read-only file system" in message
@@ -323,12 +328,12 @@ def test_an_interrupt_is_not_swallowed(path: Path, monkeypatch: pytest.MonkeyPat
     def interrupt(*args: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trace.os, "open", interrupt)
+    monkeypatch.setattr(os, "open", interrupt)
     with pytest.raises(KeyboardInterrupt):
         trace.write(trace.session("replay"))
 
 
-class Unspeakable(Exception):
+class UnspeakableError(Exception):
     """Neither str() nor float() nor repr() of it returns."""
 
     def _refuse(self) -> Any:
@@ -373,7 +378,15 @@ def endless() -> list[Any]:
 
 @pytest.mark.parametrize(
     "value",
-    [Unspeakable(), torch.ones(3), np.ones(2), 1j, 10**400, object(), np.datetime64("2024-01-01")],
+    [
+        UnspeakableError(),
+        torch.ones(3),
+        np.ones(2),
+        1j,
+        10**400,
+        object(),
+        np.datetime64("2024-01-01"),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_value_that_is_no_number_is_left_out_by_name(
@@ -419,9 +432,9 @@ def test_notes_that_contain_themselves_are_left_out(path: Path) -> None:
 
 def test_an_error_without_a_text_is_told_by_its_class(path: Path) -> None:
     """An exception of the user whose str() raises."""
-    trace.write(trace.session("replay", error=Unspeakable()))
+    trace.write(trace.session("replay", error=UnspeakableError()))
     error = strict(path.read_text())["error"]
-    assert error == {"type": "Unspeakable", "text": "its text raises RuntimeError"}
+    assert error == {"type": "UnspeakableError", "text": "its text raises RuntimeError"}
 
 
 @pytest.mark.parametrize(
@@ -449,7 +462,12 @@ def test_a_folder_that_this_process_may_not_write_is_an_error_at_import(
 ) -> None:
     """The nearest folder that exists is asked; root may write everywhere, so the answer is ours."""
     asked: list[str] = []
-    monkeypatch.setattr(_config.os, "access", lambda folder, mode: bool(asked.append(folder)))
+
+    def refuse(folder: os.PathLike[str], mode: int) -> bool:
+        asked.append(os.fspath(folder))
+        return False
+
+    monkeypatch.setattr(os, "access", refuse)
     with pytest.raises(ConfigError, match=f"this process cannot write to {tmp_path}"):
         _config.read({"R3PATCH_TRACE": str(tmp_path / "new" / "run.jsonl")})
     assert asked == [str(tmp_path)]

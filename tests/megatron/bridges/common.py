@@ -30,12 +30,11 @@ def build(**overrides: Any) -> Any:
     return model.train()
 
 
-def loss_of(model: Any, seed: int = 1) -> torch.Tensor:
+def loss_of(model: Any, seed: int = 1) -> Any:
     (batch,) = testing.random_batches(
         num_microbatches=1, micro_batch_size=BATCH, seq_length=LENGTH, seed=seed
     )
-    loss: torch.Tensor = model(**batch).mean()
-    return loss
+    return model(**batch).mean()
 
 
 def random_ids(seed: int) -> torch.Tensor:

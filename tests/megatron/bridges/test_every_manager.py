@@ -12,6 +12,8 @@ import torch
 
 import r3patch
 from r3patch import _config, bridges
+from r3patch.bridges._attach import ManagerTap
+from r3patch.bridges._shield import forget
 from r3patch.labels import scope as scopes
 
 from .common import (
@@ -84,6 +86,47 @@ def test_an_exception_in_an_mtp_constructor(
     assert len(foreign.streams()) == before + 2
     build(**foreign.config)
     assert len(foreign.streams()) == before + 4
+
+
+def test_a_head_labelled_later(foreign: Foreign) -> None:
+    """label(head, scope="mtp") takes a router out of the manager that was built as a main one."""
+    model = build(**foreign.config)
+    router = main(model)[1]
+    shields = len(mtp(model)._forward_pre_hooks)
+    stream = foreign.stream_of(router)
+    r3patch.label(router, scope="mtp")
+    assert all(known is not stream for known in foreign.streams())
+    assert len(foreign.streams()) == 1
+    assert router.router_replay is None
+    assert not hasattr(router, "routing_replay")
+    assert len(router._forward_pre_hooks) == shields
+    assert bridge_status(foreign.name).state == "installed"
+
+
+def test_a_tap_asks_with_what_megatron_asks() -> None:
+    """Groups reach the manager, and its ids reach Megatron as int64, whatever it keeps."""
+    asked: list[Any] = []
+
+    def wrap(topk_function: Any) -> Any:
+        def topk(scores: torch.Tensor, topk: int, **groups: int) -> Any:
+            asked.append((topk_function, topk, groups))
+            return scores[:, :topk], torch.zeros(len(scores), topk, dtype=torch.int32)
+
+        return topk
+
+    _, ids = ManagerTap(wrap).get_replay_topk(torch.ones(3, 4), 2, 4, 1, build)
+    assert asked == [(build, 2, {"num_groups": 4, "group_topk": 1})]
+    assert ids.dtype == torch.int64
+
+
+def test_a_registry_forgets_by_identity() -> None:
+    """A stream that equals another is not the other."""
+    first: list[int] = []
+    second: list[int] = []
+    registry = [first, second]
+    forget(registry, second)
+    assert len(registry) == 1
+    assert registry[0] is first
 
 
 def test_who_is_replaying(foreign: Foreign) -> None:
@@ -182,6 +225,7 @@ def test_a_router_labelled_main_again(
     r3patch.label(router, scope="main")
     assert not router._forward_pre_hooks
     assert not router._forward_hooks
+    assert not router._forward_hooks_always_called
     assert "routing" not in vars(router)
     assert f"{name} does not replay on it" in caplog.text
 

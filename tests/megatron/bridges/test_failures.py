@@ -26,6 +26,25 @@ def test_an_unknown_shape_is_left_alone(miles: Any, caplog: pytest.LogCaptureFix
     assert "does not govern miles" in caplog.text
 
 
+def test_a_manager_of_unknown_shape_is_not_asked(miles: Any) -> None:
+    """Who replays is found out without a question that would raise."""
+    router = main(build())[0]
+    del miles.stage
+    assert bridges.replaying(router, router.router_replay) is None
+
+
+def test_the_native_bridge_has_a_variable_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way out that status names is the one that works."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+
+    monkeypatch.delattr(RouterReplay, "global_router_replay_instances")
+    model = build()
+    with pytest.raises(r3patch.UnsupportedMegatronError, match="R3PATCH_NATIVE can turn the"):
+        r3patch.verify(model)
+    with _config.override(native="leave"):
+        r3patch.verify(model)
+
+
 def test_a_manager_that_raises(
     miles: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

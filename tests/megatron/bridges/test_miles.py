@@ -93,6 +93,23 @@ def test_an_exception_in_an_mtp_forward_gives_the_stage_back(
     assert miles.stage == "replay_forward"
 
 
+def test_an_exception_before_the_manager_was_put_to_rest(
+    miles: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Somebody else's hook raises first: there is nothing to give back, and nothing is."""
+    router = mtp(build())
+
+    def raises(*args: Any) -> None:
+        raise RuntimeError("boom")
+
+    router.register_forward_pre_hook(raises, prepend=True)
+    miles.stage = "replay_forward"
+    with pytest.raises(RuntimeError, match="boom"):
+        router(torch.randn(2, 2, router.config.hidden_size))
+    assert miles.stage == "replay_forward"
+    assert not [w for w in recwarn if "silenced" in str(w.message)]
+
+
 def test_a_session(miles: Any) -> None:
     """An active stage is refused; at rest the session replays, and miles' tap comes back."""
     model = build()
@@ -118,10 +135,13 @@ def test_a_disabled_manager_registers_nothing(miles: Any) -> None:
     assert all(router.router_replay is None for router in main(model))
 
 
-def test_an_enabled_manager_goes_before_the_native_one(miles: Any, registry: list[Any]) -> None:
+def test_an_enabled_manager_goes_before_the_native_one(
+    miles: Any, registry: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """Never two replays on one call: miles drives, and native instances leave their registry."""
     model = build(**NATIVE)
     assert registry == []
+    assert caplog.text.count("goes before Megatron's own RouterReplay") == 1
     for replay in miles.replays:
         replay.top_indices_list.append(random_ids(2))
     miles.stage = "replay_forward"

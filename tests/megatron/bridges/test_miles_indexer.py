@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import r3patch
-from r3patch import _config
+from r3patch import _config, bridges
 from r3patch.labels import scope as scopes
 
 from .common import FULL, TOKENS, bridge_status, build, changed, fails_after, loss_of
@@ -131,14 +130,22 @@ def test_what_an_mtp_constructor_did_not_build_keeps_its_stream(manager: Any) ->
     assert len(owner.own._forward_hooks) == 1
 
 
+def test_only_mtp_constructors_count(manager: Any) -> None:
+    """What is built in scope "main" keeps its stream."""
+    owner = nn.Module()
+    with scopes.constructing(owner, "main"):
+        owner.own = Attention(manager, 1)
+    assert len(manager.replays) == 1
+
+
 def test_it_is_governed_with_the_first(sparse: Callable[..., Any], manager: Any) -> None:
-    """R3PATCH_BRIDGES without miles leaves both alone, and so does uninstall()."""
+    """R3PATCH_BRIDGES without miles leaves both alone, and so does an uninstall."""
     with _config.override(bridges=("slime",)):
         sparse()
     assert len(manager.replays) == 4
-    r3patch.uninstall()
+    bridges.uninstall()
     sparse()
-    r3patch.install()
+    bridges.install()
     assert len(manager.replays) == 8
     sparse()
     assert len(manager.replays) == 11

@@ -52,7 +52,7 @@ class Run:
         routers = []
         for place, layer in enumerate(LAYERS):
             name = f"decoder.layers.{layer - 1}.mlp.router"
-            counts = {
+            counts: dict[str, Any] = {
                 "forward_calls": 2,
                 "recompute_calls": 2,
                 "rows_replayed": NUM_TOKENS,
@@ -65,8 +65,8 @@ class Run:
             if layer == without:
                 counts = {}
             routers.append(RouterStats(name, 0, "main", layer, topk=TOPK, **counts))
-        mtp = {"forward_calls": 2, "rows_live": 72, **mtp}
-        routers.append(RouterStats("mtp.layers.0.mlp.router", 0, "mtp", 1, topk=TOPK, **mtp))
+        left: dict[str, Any] = {"forward_calls": 2, "rows_live": 72, **mtp}
+        routers.append(RouterStats("mtp.layers.0.mlp.router", 0, "mtp", 1, topk=TOPK, **left))
         tokens = bytes([2] * found.tokens_differing + [1] * (found.tokens - found.tokens_differing))
         return ReplayStats(tuple(routers), tokens, seconds=0.002)
 
@@ -75,8 +75,7 @@ class Run:
 
     def trace(self, sessions: list[dict[str, Any]]) -> History:
         """Write sessions, in order, by the rank and the process that they name; read them back."""
-        for session in sessions:
-            session = dict(session)
+        for session in map(dict, sessions):
             rank = session.pop("rank", 0)
             self._monkeypatch.setattr(writer, "_rank", lambda rank=rank: rank)
             self._monkeypatch.setattr(writer, "_process", session.pop("process", "first"))

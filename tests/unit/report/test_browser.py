@@ -37,7 +37,7 @@ def browse(tmp_path: Path) -> Callable[..., Seen]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
 
-    def browse(file: Path, width: int) -> Seen:
+    def browse(file: Path, width: int, *further: str) -> Seen:
         log, picture = tmp_path / "net.json", tmp_path / f"{file.stem}{width}.png"
         flags = [
             "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run",
@@ -47,6 +47,7 @@ def browse(tmp_path: Path) -> Callable[..., Seen]:
         command = [
             CHROMIUM,
             *" ".join(flags).split(),
+            *further,
             "--host-resolver-rules=MAP * ~NOTFOUND",
             f"--user-data-dir={tmp_path / 'profile'}",
             f"--log-net-log={log}",
@@ -80,6 +81,20 @@ def test_the_browser_test_sees_errors_and_requests(
     seen = browse(file, 600)
     assert any("boom" in line for line in seen.console)
     assert seen.requests == ["http://example.com/x.png"]
+
+
+@pytest.mark.browser
+def test_the_page_is_dark_where_the_reader_wants_it(
+    run: Any, tmp_path: Path, browse: Callable[..., Seen]
+) -> None:
+    """Paper is dark and ink light, but the figures keep a light ground for their own ink."""
+    image = pytest.importorskip("matplotlib.image")
+    run.trace(run.healthy()[:2])
+    run.page()
+    seen = browse(tmp_path / "report.html", 800, "--blink-settings=preferredColorScheme=0")
+    pixels = image.imread(seen.picture)[..., :3]
+    assert (pixels[:, -8:] < 0.2).all()
+    assert (pixels > 0.8).all(-1).mean() > 0.05
 
 
 @pytest.mark.browser

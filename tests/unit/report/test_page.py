@@ -111,11 +111,11 @@ def test_a_missing_extra_is_named(
 
 def test_the_pictures_are_whole_svg(run: Any) -> None:
     """Each embedded picture parses and refers to nothing outside itself."""
-    from xml.etree import ElementTree
+    from xml.etree import ElementTree as ET
 
     run.trace(run.healthy())
     for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", run.page()):
-        root = ElementTree.fromstring(base64.b64decode(data))
+        root = ET.fromstring(base64.b64decode(data))
         links = [
             value
             for element in root.iter()

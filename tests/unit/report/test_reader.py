@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from r3patch.observe.verdict import checks, verdict
 
 MISSING = object()
 #: What a field becomes, one after another. A JSON reader takes NaN, and so do other writers.
-VALUES = (
+VALUES: tuple[Any, ...] = (
     MISSING, None, True, 0, -1, 1, 2**53, 10**400, 0.5, -1e308, 1e308, float("nan"), float("-inf"),
     "", "nan", "text", "$\\frac{", "\ud800", "\x00\x1b[31m", "x" * 50_000, [], [[]], [None], {},
     {"x": 1}, {"layers": [1]},
@@ -126,7 +126,7 @@ def test_each_mutant_has_a_verdict(run: Any, field: str) -> None:
         line = changed(healthy, (field,), value)
         file.write_text("\n".join([json.dumps(healthy), line, json.dumps(recording)]))
         history = load([str(run.base)])
-        assert verdict(checks(history)).text.startswith("Not good")  # of the error in it
+        assert str(verdict(checks(history))).startswith("Not good")  # of the error in it
         assert len(history.sessions) + sum(history.unreadable.values()) in (2, 3)
 
 
@@ -215,4 +215,4 @@ def test_names_of_notes_and_phases_are_text_in_the_figures(run: Any) -> None:
     notes: dict[str, float] = {f"{name}_mean_abs": 0.1 for name in names}
     sessions = [{"step": 0, "stats": run.stats(0), "name": n, "notes": notes} for n in names[:2]]
     for figure in figures(run.trace(sessions)):
-        ElementTree.fromstring(figure.svg)
+        ET.fromstring(figure.svg)

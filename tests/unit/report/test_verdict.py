@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from r3patch import ReplayError
-from r3patch.metrics import expert_load, policy_gap, route_mismatch
-from r3patch.observe import trace
+from r3patch import R3PatchError, ReplayError
 from r3patch.observe.history import History, load
 from r3patch.observe.stats import ReplayStats, RouterStats
-from r3patch.observe.verdict import Check, checks
+from r3patch.observe.verdict import Check, checks, verdict
 
 LAYERS, NUM_TOKENS, NUM_EXPERTS, TOPK = (2, 3, 4, 5), 64, 16, 4
 STEPS = range(6)
@@ -127,6 +124,14 @@ def test_a_step_without_any_route_is_no_good_answer(run: Any) -> None:
     assert "No row of layers 2-5 had routes at step 6." in answers(history)[REACHED].answer
 
 
+def test_hash_routed_layers_owe_no_replay(run: Any) -> None:
+    """Their experts follow from token ids: all rows live there, and the run is good."""
+    first, *others = run.stats(0).routers
+    counts = {"rows_replayed": 0, "rows_measured": 0, "rows_differing": 0, "experts_shared": 0}
+    hashed = dataclasses.replace(first, hash_routed=True, rows_live=72, **counts)
+    assert bad(run.trace([{"step": 0, "stats": ReplayStats((hashed, *others))}])) == set()
+
+
 def test_replay_that_reaches_mtp_is_a_bad_answer(run: Any) -> None:
     """One replayed row of an MTP router is enough; else the calls left alone are counted."""
     assert (
@@ -175,134 +180,6 @@ def test_without_measure_the_routes_are_unknown_and_not_good(run: Any) -> None:
     assert "Mismatch over steps" not in text
 
 
-def test_ranks_of_the_same_layers_add_up(run: Any) -> None:
-    """Data-parallel ranks: rows and tokens are summed; host time is that of the slowest."""
-    slow = dataclasses.replace(run.stats(0, run.rollout(0, shift=1)), seconds=0.5)
-    history = run.trace(
-        [
-            {"rank": 0, "step": 0, "stats": run.stats(0)},
-            {"rank": 1, "step": 0, "stats": slow},
-        ]
-    )
-    other = route_mismatch(run.rollout(0, shift=1), run.live(0))
-    assert history.mismatch(2, 0) == (8 + other.rows_differing[0]) / 128
-    assert history.tokens[0] == (128, 8 + other.tokens_differing)
-    assert history.seconds[0] == 0.5
-    assert not history.tokens_are_bounds
-
-
-def stage(run: Any, routers: slice, codes: bytes) -> ReplayStats:
-    return ReplayStats(run.stats(0).routers[routers], codes)
-
-
-def test_tokens_of_pipeline_stages_are_put_together(run: Any) -> None:
-    """Stages saw the same tokens: one that differs in either counts, and once."""
-    first, second = bytes([2] * 8 + [1] * 56), bytes([1] * 5 + [2] * 10 + [1] * 48 + [0])
-    history = run.trace(
-        [
-            {"rank": 0, "step": 0, "stats": stage(run, slice(0, 2), first)},
-            {"rank": 1, "step": 0, "stats": stage(run, slice(2, 5), second)},
-        ]
-    )
-    assert history.tokens[0] == (64, 15)
-    assert not history.tokens_are_bounds
-
-
-def test_ranks_of_two_stages_are_paired_in_their_order(run: Any) -> None:
-    """Two data-parallel replicas of two stages, in both of Megatron's orders of ranks."""
-    codes = {
-        (0, "a"): bytes([2, 1, 1]),
-        (1, "a"): bytes([1, 2, 1]),
-        (0, "b"): bytes([1, 1]),
-        (1, "b"): bytes([1, 2]),
-    }
-    for order in (
-        [(0, "a"), (0, "b"), (1, "a"), (1, "b")],
-        [(0, "a"), (1, "a"), (0, "b"), (1, "b")],
-    ):
-        sessions = [
-            {
-                "rank": rank,
-                "step": 0,
-                "stats": stage(run, slice(0, 2) if place == 0 else slice(2, 5), codes[place, dp]),
-            }
-            for rank, (place, dp) in enumerate(order)
-        ]
-        history = run.trace(sessions)
-        assert (history.tokens[0], history.tokens_are_bounds) == ((5, 3), False)
-        for file in run.base.parent.iterdir():
-            file.unlink()
-
-
-@pytest.mark.parametrize("lost", ["a rank", "tokens"])
-def test_tokens_of_pipeline_stages_that_do_not_fit_are_a_lower_bound(
-    run: Any, monkeypatch: pytest.MonkeyPatch, lost: str
-) -> None:
-    """Without the tokens of each stage their counts must not add up; the page says so."""
-    if lost == "tokens":
-        monkeypatch.setattr(trace, "MAX_TOKENS", 10)
-    sessions = [
-        {"rank": rank, "step": 0, "stats": stage(run, routers, bytes([2] * n + [1] * (64 - n)))}
-        for rank, routers, n in ((0, slice(0, 2), 8), (1, slice(2, 5), 10), (2, slice(2, 5), 10))
-    ]
-    history = run.trace(sessions[: 3 if lost == "a rank" else 2])
-    assert history.tokens[0] == ((128, 20) if lost == "a rank" else (64, 10))
-    assert history.tokens_are_bounds
-    if lost == "tokens":
-        assert "lower bound" in run.page()
-
-
-def test_steps_that_a_resumed_run_did_again_count_once(run: Any) -> None:
-    """The latest process counts; several sessions of one process in a step add up."""
-    twice = {"step": 1, "stats": run.stats(1, run.rollout(1)), "process": "second"}
-    history = run.trace([*run.healthy(), twice, twice])
-    assert history.by_step("rows_replayed")[:3] == [256, 512, 256]
-
-
-def test_sessions_without_steps_are_counted_by_their_order(run: Any) -> None:
-    """The axis is then called session."""
-    history = run.trace([{"stats": run.stats(0)} for _ in range(3)])
-    assert history.steps == [0, 1, 2]
-    assert "3 replay sessions, sessions 0 to 2, one rank" in run.page()
-
-
-def test_notes_of_ranks_are_averaged_by_their_tokens(run: Any) -> None:
-    """The gap of two ranks equals that of all their tokens; a rank without tokens counts not."""
-    torch.manual_seed(0)
-    train, rollout_ = torch.randn(2, 100).double().unbind()
-    parts = [slice(0, 10), slice(10, 100), slice(100, 100)]
-    history = run.trace(
-        [
-            {
-                "rank": rank,
-                "step": 0,
-                "stats": run.stats(0),
-                "notes": policy_gap(train[part], rollout_[part]).as_dict(),
-            }
-            for rank, part in enumerate(parts)
-        ]
-    )
-    noted = {name: series[0] for name, series in history.notes.items()}
-    assert noted == pytest.approx(policy_gap(train, rollout_).as_dict(), rel=1e-12)
-
-
-def test_prefixed_notes_are_series_of_their_own(run: Any) -> None:
-    """live_mean_abs stands next to mean_abs in one panel; other notes do not."""
-    notes = {"mean_abs": 0.1, "live_mean_abs": 0.4, "reward": 2.0, "live_tokens": 10.0}
-    history = run.trace([{"step": 3, "stats": run.stats(3), "notes": notes}])
-    assert history.gap_series("mean_abs") == {"": {3: 0.1}, "live": {3: 0.4}}
-
-
-def test_expert_load_and_padding_are_summed_by_layer(run: Any) -> None:
-    """Two sessions of the same load give twice the counts."""
-    padding = torch.arange(NUM_TOKENS) >= 48
-    one = expert_load(run.rollout(0), padding)
-    history = run.trace([{**session, "expert_load": one} for session in run.healthy()[:2]])
-    assert history.loads[NUM_EXPERTS][2].real == (2 * one.real[0]).tolist()
-    assert history.loads[NUM_EXPERTS][2].padding == (2 * one.padding[0]).tolist()
-    assert sum(history.loads[NUM_EXPERTS][5].padding) == 2 * 16 * TOPK
-
-
 def test_faults_of_the_trace_itself_are_told(run: Any, tmp_path: Path) -> None:
     """A cut line, and a rank whose file is missing."""
     run.trace([{**session, "rank": 1} for session in run.healthy()])
@@ -311,3 +188,85 @@ def test_faults_of_the_trace_itself_are_told(run: Any, tmp_path: Path) -> None:
     check = answers(load([str(tmp_path / "run.jsonl")]))[WHOLE]
     assert check.good is False
     assert check.answer == "1 unreadable lines; only ranks 1 are here"
+
+
+@pytest.mark.parametrize("kind", ["session", "rank", "phase"])
+def test_a_bad_session_is_not_averaged_away(
+    run: Any, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Among 30 healthy ones of its step: not good, named, first line, exit status 1."""
+    wrong = {"step": 3, "stats": run.stats(3, run.rollout(7)), "name": "train"}
+    healthy = [{**session, "name": "train"} for session in run.healthy()]
+    sessions = {
+        "session": [*healthy * 5, wrong],
+        "rank": [{**s, "rank": rank} for rank in range(5) for s in healthy],
+        "phase": [{**s, "name": name} for name in "abcde" for s in run.healthy()] + healthy,
+    }[kind]
+    if kind == "rank":
+        sessions = [
+            wrong | {"rank": 3} if (s["rank"], s["step"]) == (3, 3) else s for s in sessions
+        ]
+    if kind == "phase":
+        sessions = [wrong if (s["name"], s["step"]) == ("train", 3) else s for s in sessions]
+    history = run.trace(sessions)
+    rank = 3 if kind == "rank" else 0
+    assert bad(history) == {RELATED}
+    answer = answers(history)[RELATED].answer
+    assert f"Worst: rank {rank}, step 3, train, " in answer
+    assert "layers 2-5, step 3" in answer
+    assert history.worst[2, 3] > 0.9 > history.mismatch(2, 3)
+    if kind == "rank":
+        assert "on rank 3 only" in answer
+    first = verdict(checks(history))
+    assert not first.good
+    assert str(first).startswith(f"Not good. {RELATED} Hardly, in layers 2-5, step 3")
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_first_line_and_the_exit_status_are_the_verdict(
+    run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, good: bool
+) -> None:
+    """Scripts stop at it, readers at the first line; nothing is wider than 60 columns."""
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = run.rollout(0, shift=0 if good else 1)
+    run.trace([{"step": 0, "stats": run.stats(0, rows)}])
+    text = run.page(status=0 if good else 1)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("Good." if good else "Not good. Are the routes those of these tokens")
+    assert max(map(len, lines[:-2])) <= 60
+    assert f'class="verdict {"good" if good else "bad"}"' in text
+    assert ("<tr class=bad>" in text) is not good
+
+
+def test_what_nobody_looked_at_is_not_called_good_without_saying_so(run: Any) -> None:
+    """Not measured: the verdict names what is unknown."""
+    found = verdict(checks(run.trace([{"kind": "record", "step": 0, "stats": run.stats(0)}])))
+    assert str(found).startswith("Good, as far as was looked. Unknown: Did every main router")
+
+
+def test_what_the_run_does_not_have_is_not_unknown(run: Any) -> None:
+    """No recompute and no MTP: there was nothing to look at, so the run is good."""
+    (router, *_), none = run.stats(0).routers, {"recompute_calls": 0, "recompute_rows_measured": 0}
+    history = run.trace([{"step": 0, "stats": ReplayStats((dataclasses.replace(router, **none),))}])
+    assert verdict(checks(history)).word == "Good."
+
+
+@pytest.mark.parametrize(("rows", "good"), [(1, None), (15, None), (16, False)])
+def test_a_handful_of_rows_is_no_verdict(run: Any, rows: int, good: bool | None) -> None:
+    """One row of top-1 shares all or nothing; fewer than 16 rows are pooled over layers."""
+    router = RouterStats("r", 0, "main", 2, forward_calls=1, rows_replayed=rows, topk=1)
+    router = dataclasses.replace(router, rows_measured=rows, rows_differing=rows)
+    history = run.trace([{"step": 0, "stats": ReplayStats((router,))}])
+    assert answers(history)[RELATED].good is good
+
+
+def test_records_that_were_lost_are_told(run: Any) -> None:
+    """What could not be written was judged by nobody."""
+    folder = run.base.with_name("run.rank0.jsonl")
+    folder.mkdir()
+    for session in run.healthy()[:2]:
+        with pytest.raises(R3PatchError):
+            run.trace([session])
+    folder.rmdir()
+    check = answers(run.trace(run.healthy()[2:]))[WHOLE]
+    assert (check.good, check.answer) == (False, "2 records could not be written")
