@@ -24,11 +24,12 @@ Labels
     before the import.
 
 Sessions
-    `replay`, `record`, `ReplayManager`, `ReplayStats`.
+    `replay`, `record`, `ReplayManager`; `ReplaySession`, `RecordSession`, `ReplayStats`.
 
 Data
-    `Routes`: the experts of a sample or of a microbatch. `decode`: what an engine sent, to
-    `Routes`. `Layout`: samples to the rows of this rank. `moe_layers`: which layers have columns.
+    `Routes`: the experts of a sample or of a microbatch. `decode`, `decode_batch`: what an engine
+    sent, to `Routes`. `Layout`: samples to the rows of this rank. `moe_layers`: which layers have
+    columns.
 
 Environment
     ``R3PATCH_DISABLE``, ``R3PATCH_NATIVE``, ``R3PATCH_BRIDGES``, ``R3PATCH_MEASURE``,
@@ -60,10 +61,17 @@ from r3patch.labels.scope import building, scope_of
 if TYPE_CHECKING:
     from r3patch import bridges, metrics, testing
     from r3patch.observe.stats import ReplayStats
+    from r3patch.rows.batch import decode_batch
     from r3patch.rows.decode import decode
     from r3patch.rows.layout import Layout
     from r3patch.rows.routes import Routes
-    from r3patch.sessions.manager import ReplayManager, record, replay
+    from r3patch.sessions.manager import (
+        RecordSession,
+        ReplayManager,
+        ReplaySession,
+        record,
+        replay,
+    )
 
     __version__: str
 
@@ -71,8 +79,10 @@ __all__ = [
     "ConfigError",
     "Layout",
     "R3PatchError",
+    "RecordSession",
     "ReplayError",
     "ReplayManager",
+    "ReplaySession",
     "ReplayStats",
     "RouterInfo",
     "Routes",
@@ -87,6 +97,7 @@ __all__ = [
     "bridges",
     "building",
     "decode",
+    "decode_batch",
     "install",
     "label",
     "metrics",
@@ -104,10 +115,13 @@ __all__ = [
 # These need torch, so they are loaded when they are first asked for.
 _HOMES = {
     "Layout": "rows.layout",
+    "RecordSession": "sessions.manager",
     "ReplayManager": "sessions.manager",
+    "ReplaySession": "sessions.manager",
     "ReplayStats": "observe.stats",
     "Routes": "rows.routes",
     "decode": "rows.decode",
+    "decode_batch": "rows.batch",
     "record": "sessions.manager",
     "replay": "sessions.manager",
 }

@@ -240,13 +240,13 @@ def _check_tokens(session: Session) -> None:
 
 def _dict(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is {_short(value)}")  # noqa: TRY004  (as every other field)
+        raise ValueError(f"{what} is {_short(value)}")
     return value
 
 
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{what} is {_short(value)}")  # noqa: TRY004  (as every other field)
+        raise ValueError(f"{what} is {_short(value)}")
     return value
 
 

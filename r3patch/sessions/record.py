@@ -50,6 +50,14 @@ class RecordSession(Session):
             raise
         return self
 
+    def open(self) -> RecordSession:
+        """As entering the ``with`` block, for frameworks that have hooks but no block."""
+        return self.__enter__()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """As leaving it; with `error`, as by that exception."""
+        self.__exit__(None if error is None else type(error), error, None)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -265,6 +265,18 @@ def test_feed_from_inside() -> None:
         session.feed(microbatches[0])
 
 
+def test_open_and_close_are_the_block() -> None:
+    """Frameworks that have hooks but no block get the same checks and the same end."""
+    model = build()
+    session = r3patch.replay(model, [random_routes(model, 11)]).open()
+    with pytest.raises(r3patch.ReplayError, match="replayed 0 microbatches, 1 were given"):
+        session.close()
+    assert_untouched(model)
+    session = r3patch.replay(model, [random_routes(model, 11)]).open()
+    session.close(ValueError("the step failed"))  # no second error over the first
+    assert_untouched(model)
+
+
 def test_a_session_is_entered_once() -> None:
     """A used session is not opened again with stale cursors."""
     model = build()

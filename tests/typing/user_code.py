@@ -57,6 +57,8 @@ def rows_of_a_rollout(
         for payload, n in zip(payloads, lengths, strict=True)
     ]
     samples.append(Routes.missing(12, layers, topk=4, num_experts=64))
+    batch = r3patch.decode_batch([None, b""], num_tokens=[4, 8], config=config)
+    assert_type(batch, list[Routes])
     samples[0].save(folder / "sample.routes")
     samples[0] = Routes.load(folder / "sample.routes")
     joined = Routes.join([samples[0], samples[1]]).select(layers[:3])
@@ -77,6 +79,10 @@ def train(chunks: list[torch.nn.Module], microbatches: list[Routes]) -> dict[str
         for routes in microbatches:
             session.feed(routes, chunk=chunks[0])
     assert_type(session.stats, r3patch.ReplayStats)
+    assert_type(recording, r3patch.RecordSession)
+    by_hooks = r3patch.replay(chunks, microbatches, step=3, name="train", tokens="strict")
+    assert_type(by_hooks.open(), r3patch.ReplaySession)
+    by_hooks.close()
     manager = ReplayManager(chunks[0])
     with manager.record(), manager.replay(microbatches, step=3) as opened:
         pass
