@@ -351,15 +351,25 @@ def step(repeats: int) -> Figures:
         testing.seed_parameters(model)
         return model
 
-    native, model, measured, live = build(), build(), build(), build()
+    native, model, checked, measured, live = (build() for _ in range(5))
     batches = testing.random_batches(
         num_microbatches=microbatches, micro_batch_size=1, seq_length=length
     )
     routes = random_routes(range(1, 5), length, experts=16, topk=4, seed=0, gaps=0.01)
     full = random_routes(range(1, 5), length, experts=16, topk=4, seed=0)
+    known = [
+        Routes(
+            routes.experts,
+            routes.layers,
+            routes.valid,
+            num_experts=16,
+            tokens=batch["input_ids"][0].to(torch.int32),
+        )
+        for batch in batches
+    ]
 
-    def replay(model: Any, **options: Any) -> None:
-        with r3patch.replay(model, [routes] * microbatches, **options):
+    def replay(model: Any, rows: list[Routes], **options: Any) -> None:
+        with r3patch.replay(model, rows, **options):
             testing.train_step([model], batches)
 
     variants = {
@@ -367,8 +377,11 @@ def step(repeats: int) -> Figures:
             lambda: _native(native, full, lambda: testing.train_step([native], batches))
         ),
         "live": Variant(lambda: testing.train_step([live], batches)),
-        "replay, 1 % gaps": Variant(lambda: replay(model)),
-        "measure, 1 % gaps": Variant(lambda: replay(measured, measure=True)),
+        "replay, 1 % gaps": Variant(lambda: replay(model, [routes] * microbatches)),
+        "replay, 1 % gaps, tokens checked": Variant(lambda: replay(checked, known)),
+        "measure, 1 % gaps": Variant(
+            lambda: replay(measured, [routes] * microbatches, measure=True)
+        ),
     }
     seconds = measure(variants, repeats)
     return {name: ratio(seconds[name], seconds["native"]).median for name in variants}

@@ -7,6 +7,7 @@ its experts. What a session does to a model it does to a stack, thousands of tim
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from r3patch import Routes, testing
 
 # Before Megatron is imported: its jit_fuser is torch.compile, which wants a C++ compiler.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# The routes here are foreign on purpose, and the alarm says so of every session.
+logging.getLogger("r3patch").setLevel(logging.ERROR)
 
 Region = Callable[[torch.Tensor], torch.Tensor]
 #: A layer's index, or a checkpoint (a key of `CHECKPOINTS`) around a sequence of them.

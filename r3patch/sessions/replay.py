@@ -517,7 +517,7 @@ class ReplayTap(Tap):
         """Show the alarm a few rows of the first microbatch."""
         there = rows.microbatch.on_device
         probes = None if there is None else there.probes[self._column]
-        if probes is None or rows.start or len(ids) < rows.microbatch.num_tokens:
+        if probes is None or not len(probes) or len(ids) < rows.microbatch.num_tokens:
             return
         own = call.own_ids(probes) if own is None else own.index_select(0, probes)
         self._alarm.add(ids.index_select(0, probes), own, self._router.num_experts)
