@@ -110,9 +110,9 @@ def _each(
 ) -> tuple[Any, Any, Any]:
     """The three arguments for each of ``count`` samples or turns."""
     columns = []
-    for key, value in (("tokens", tokens), ("num_tokens", num_tokens), ("start", start)):
-        if value is None or (key == "start" and not isinstance(value, (list, tuple))):
-            value = [value] * count
+    for key, given in (("tokens", tokens), ("num_tokens", num_tokens), ("start", start)):
+        one_for_all = given is None or (key == "start" and not isinstance(given, (list, tuple)))
+        value = [given] * count if one_for_all else given
         if not hasattr(value, "__len__") or len(value) != count:
             raise RoutesError(
                 f"{name} has {count} {what}, but {key} is no list of as many: "

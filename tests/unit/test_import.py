@@ -41,7 +41,10 @@ def test_the_import_takes_no_heavy_package() -> None:
         "print(sorted(tops & {'torch', 'numpy', 'megatron'}), sorted(ours))"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[] ['_config', '_errors', '_install', '_layers', 'bridges', 'labels']"
+    assert (
+        done.stdout.strip()
+        == "[] ['_config', '_errors', '_install', '_layers', 'bridges', 'labels']"
+    )
 
 
 def test_the_import_is_quick() -> None:
