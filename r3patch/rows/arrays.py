@@ -24,7 +24,7 @@ def integer(
     raise RoutesError(f"{name} is {value!r}{context}, expected {bounds}, an int.")
 
 
-class foreign:  # noqa: N801  (a context manager, read as a verb)
+class ForeignErrors:
     """Turns any error of a foreign object into a RoutesError: its methods raise what they like.
 
     A class because a generator's context manager lets StopIteration through where what is raised
@@ -50,7 +50,7 @@ def as_ids(array: Any, what: str) -> Tensor:
     Raises:
         RoutesError: no array, one of other things than integers, or a tensor without plain data.
     """
-    with foreign(f"{what} cannot be made a tensor, it is no array of ids"):
+    with ForeignErrors(f"{what} cannot be made a tensor, it is no array of ids"):
         ids = _as_tensor(array, what)
     if not ids.numel() and not isinstance(array, Tensor):
         return ids.to(torch.int64)  # an empty list has no dtype of its own
@@ -65,7 +65,7 @@ def as_mask(array: Any, what: str) -> Tensor:
     Raises:
         RoutesError: no array, one of other things than booleans, or a tensor without plain data.
     """
-    with foreign(f"{what} cannot be made a tensor"):
+    with ForeignErrors(f"{what} cannot be made a tensor"):
         mask = _as_tensor(array, what)
     if mask.dtype != torch.bool and (mask.numel() or isinstance(array, Tensor)):
         raise RoutesError(f"{what} has dtype {mask.dtype}, expected bool.")

@@ -111,8 +111,8 @@ def _each(
     """The three arguments for each of ``count`` samples or turns."""
     columns = []
     for key, given in (("tokens", tokens), ("num_tokens", num_tokens), ("start", start)):
-        once = given is None or (key == "start" and not isinstance(given, (list, tuple)))
-        value = [given] * count if once else given
+        one_for_all = given is None or (key == "start" and not isinstance(given, (list, tuple)))
+        value = [given] * count if one_for_all else given
         if not hasattr(value, "__len__") or len(value) != count:
             raise RoutesError(
                 f"{name} has {count} {what}, but {key} is no list of as many: "

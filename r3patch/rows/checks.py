@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.rows.arrays import foreign, integer, signed
+from r3patch.rows.arrays import ForeignErrors, integer, signed
 
 # Rows are checked in blocks of about this many ids: a block and its scratch stay in the cache.
 _BLOCK_IDS = 1 << 18
@@ -31,7 +31,7 @@ def check_sizes(topk: int, num_experts: int) -> tuple[int, int]:
 
 def check_layers(layers: Iterable[int]) -> tuple[int, ...]:
     """The layer numbers as a tuple of ints, all of them unique and 1 or more."""
-    with foreign("layers is no sequence of Megatron layer numbers"):
+    with ForeignErrors("layers is no sequence of Megatron layer numbers"):
         given = tuple(layers)
     try:
         numbers = tuple(integer(number, "a layer", 1) for number in given)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r3patch._errors import RoutesError, UnsupportedRoutingError
 from r3patch._layers import Sizes, sizes
-from r3patch.rows.arrays import as_tokens, foreign, integer, signed
+from r3patch.rows.arrays import ForeignErrors, as_tokens, integer, signed
 from r3patch.rows.checks import check_layers, check_sizes, narrow, stored_dtype
 from r3patch.rows.payloads import read
 from r3patch.rows.routes import Routes
@@ -113,7 +113,7 @@ def _place_rows(
     """The routes, with rows that cannot be routes marked invalid, and what is wrong with those."""
     layers, num_experts = model.moe_layers, model.num_experts
     shape = (num_tokens, len(layers), wide.shape[2])
-    with foreign(f"no memory for rows of shape {shape}"):
+    with ForeignErrors(f"no memory for rows of shape {shape}"):
         experts = torch.zeros(shape, dtype=stored_dtype(num_experts), device="cpu")
         valid = torch.zeros(shape[:2], dtype=torch.bool, device="cpu")
     rows = slice(first, first + wide.shape[0])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.rows.arrays import foreign
+from r3patch.rows.arrays import ForeignErrors
 
 FORMAT = "r3patch.Routes"
 _VERSION = "2"
@@ -61,7 +61,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         RoutesError: the file is something else, damaged, or of another version.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         torch_wrote_it = file.read(len(_TORCH_MAGIC)) == _TORCH_MAGIC
     return (_read_torch if torch_wrote_it else _read_safetensors)(os.fspath(path))
 
@@ -89,7 +89,7 @@ def _read_safetensors(path: str) -> Contents:
         raise RoutesError(f"{path} is damaged: its checksum is not that of its contents.")
     if "experts" not in arrays or not arrays.keys() <= set(_ARRAYS):
         raise RoutesError(f"{path} holds {sorted(arrays)}, expected {_ARRAYS}.")
-    with foreign(f"{path} is damaged"):
+    with ForeignErrors(f"{path} is damaged"):
         return Contents(
             json.loads(metadata["layers"]), json.loads(metadata["num_experts"]), **arrays
         )
@@ -105,7 +105,7 @@ def _read_torch(path: str) -> Contents:
     if not isinstance(state, dict):
         raise RoutesError(f"{path} is a torch file, but not one of Routes.save.")
     _check_kind(path, state, _TORCH_VERSION)
-    with foreign(f"{path} is damaged"):
+    with ForeignErrors(f"{path} is damaged"):
         contents = Contents(*(state[name] for name in Contents._fields[:-1]))
         for array in (contents.experts, contents.valid):
             if isinstance(array, Tensor):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.rows.arrays import as_ids, foreign, integer, is_numpy, signed
+from r3patch.rows.arrays import ForeignErrors, as_ids, integer, is_numpy, signed
 
 _NPY_MAGIC = b"\x93NUMPY"
 _NEMO_MAGIC = "nrlre1:"
@@ -29,7 +29,7 @@ def read(payload: Any) -> tuple[Tensor, int | None]:
     Raises:
         RoutesError: the payload is none of the formats, or whatever else its objects raised.
     """
-    with foreign("the payload cannot be read"):
+    with ForeignErrors("the payload cannot be read"):
         sent, stated = _read(payload)
         return sent, None if stated is None else integer(stated, "the payload's start", 0)
 
@@ -200,7 +200,7 @@ def _from_bytes(raw: bytearray, dtype: torch.dtype) -> Tensor:
 
 
 def _reshape(sent: Tensor, shape: Any) -> Tensor:
-    with foreign(f"the payload's shape is {shape!r}, expected [rows, layers, topk]"):
+    with ForeignErrors(f"the payload's shape is {shape!r}, expected [rows, layers, topk]"):
         sizes = tuple(integer(size, "a size", -sys.maxsize) for size in shape)
     if min(sizes, default=0) < 0 or math.prod(sizes) != sent.numel():
         raise RoutesError(f"the payload has {sent.numel()} ids, but states shape {sizes}.")

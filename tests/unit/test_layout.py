@@ -28,6 +28,26 @@ def sample(number: int, length: int) -> Routes:
     return Routes(experts, LAYERS, valid, num_experts=EXPERTS)
 
 
+def pack(
+    layout: Layout, lengths: list[int], unit: int
+) -> tuple[list[list[tuple[int, int] | None]], int]:
+    """The samples padded to whole units, and the padding after them all."""
+    wholes: list[list[tuple[int, int] | None]] = []
+    for number, length in enumerate(lengths):
+        whole: list[tuple[int, int] | None] = [(number, t) for t in range(length)]
+        while len(whole) % unit:
+            whole.append(PAD)
+        wholes.append(whole)
+    tail, total = 0, sum(map(len, wholes))
+    while (
+        (total + tail) % layout.pad_to_multiple
+        if layout.pack_length is None
+        else total + tail < layout.pack_length
+    ):
+        tail += 1
+    return wholes, tail
+
+
 def oracle(layout: Layout, lengths: list[int]) -> list[tuple[int, int] | None]:
     """(sample, token) of each row of this rank, PAD for padding, one token at a time."""
     cp, zigzag = layout.cp_size, layout.cp_order == "zigzag" and layout.cp_size > 1
@@ -40,20 +60,7 @@ def oracle(layout: Layout, lengths: list[int]) -> list[tuple[int, int] | None]:
 
     mine: list[tuple[int, int] | None] = []
     if layout.packed:
-        unit = math.lcm(layout.align, 2 * cp) if zigzag else layout.align
-        wholes: list[list[tuple[int, int] | None]] = []
-        for number, length in enumerate(lengths):
-            whole: list[tuple[int, int] | None] = [(number, t) for t in range(length)]
-            while len(whole) % unit:
-                whole.append(PAD)
-            wholes.append(whole)
-        tail, total = 0, sum(map(len, wholes))
-        while (
-            (total + tail) % layout.pad_to_multiple
-            if layout.pack_length is None
-            else total + tail < layout.pack_length
-        ):
-            tail += 1
+        wholes, tail = pack(layout, lengths, math.lcm(layout.align, 2 * cp if zigzag else 1))
         if zigzag and layout.tail_in_last_sample:
             wholes[-1] += [PAD] * tail
             tail = 0
