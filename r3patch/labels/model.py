@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from r3patch._errors import ScopeConflictError, UnlabelledRouterError, UnsupportedMegatronError
 from r3patch.labels import patch
@@ -192,40 +192,43 @@ def find(model: Model) -> list[Found]:
     parts = chunks(model)
     found: dict[int, Found] = {}
     for index, part in enumerate(parts):
-        seen: set[tuple[int, bool]] = set()
+        seen: tuple[set[int], set[int]] = (set(), set())  # outside of MTP modules, and in them
         # A name is put together only where a router is found: the links lead back to the chunk.
         stack: list[tuple[Any, bool, _Link | None]] = [
-            (part, False, _Link(f"chunk{index}", None) if len(parts) > 1 else None)
+            (part, False, (f"chunk{index}", None) if len(parts) > 1 else None)
         ]
         while stack:
             module, in_mtp, link = stack.pop()
             kind = _kind(type(module))  # type: ignore[arg-type]  # mypy: "type is not hashable"
             in_mtp = in_mtp or kind == MTP
-            if (id(module), in_mtp) in seen:
+            if id(module) in seen[in_mtp]:
                 continue
-            seen.add((id(module), in_mtp))
+            seen[in_mtp].add(id(module))
             if kind == _ROUTER:
                 _note(found, module, index, link, in_mtp=in_mtp)
             children = module._modules
             for name in reversed(children):
                 child = children[name]
                 if child is not None and (child._modules or _kind(type(child))):  # type: ignore[arg-type]
-                    stack.append((child, in_mtp, _Link(name, link)))
+                    stack.append((child, in_mtp, (name, link)))
     return list(found.values())
 
 
-class _Link(NamedTuple):
-    name: str
-    parent: _Link | None
+_Link: TypeAlias = "tuple[str, _Link | None]"  # a module's name, and that of the module around it
 
-    def path(self) -> str:
-        return self.name if self.parent is None else f"{self.parent.path()}.{self.name}"
+
+def _path(link: _Link | None) -> str:
+    names = []
+    while link is not None:
+        name, link = link
+        names.append(name)
+    return ".".join(reversed(names))
 
 
 def _note(
     found: dict[int, Found], module: Any, chunk: int, link: _Link | None, *, in_mtp: bool
 ) -> None:
-    name = "" if link is None else link.path()
+    name = _path(link)
     router = found.setdefault(id(module), Found(name, module, [], in_mtp))
     if chunk not in router.chunks:
         router.chunks.append(chunk)

@@ -71,11 +71,11 @@ class Microbatch:
             experts = [router.num_experts for router in routers]
             spread_missing(rows, gaps, experts, ep_size=ep_size)
         parts: dict[object, torch.Tensor] = {"rows": rows}
-        for positions in gaps:  # each different tensor of positions travels once
+        for key, positions in {id(g): g for g in gaps}.items():  # each different one travels once
             if positions is not None:
-                parts["gaps", id(positions)] = positions
+                parts["gaps", key] = positions
             if probes:
-                parts["probes", id(positions)] = _probes(self.num_tokens, positions, probes)
+                parts["probes", key] = _probes(self.num_tokens, positions, probes)
         if routes.tokens is not None:
             parts["tokens"] = routes.tokens.masked_fill(~routes.mask.any(dim=1), -1)
         self._buffer, views = _pack(list(parts.values()))

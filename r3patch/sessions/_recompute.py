@@ -60,9 +60,11 @@ class Surroundings(NamedTuple):
     """Which repetition of it this is: with ``retain_graph`` there are several."""
     inside: tuple[Any, ...]
     """The owners of the regions that are being run, inside of the one that is being repeated."""
+    forward: bool
+    """Whether this is neither a repetition nor anything else inside backward."""
 
 
-_NONE = Surroundings(None, None, ())
+_NONE = Surroundings(None, None, (), forward=True)
 
 
 def in_backward() -> bool:
@@ -92,15 +94,15 @@ def surroundings() -> Surroundings:
                 return _in_node(ctx, inside)
             inside.append(ctx)
     if repeating is None:
-        return Surroundings(None, None, tuple(inside))
-    return Surroundings(_held(repeating), weakref.ref(repeating), tuple(inside))
+        return Surroundings(None, None, tuple(inside), forward=not in_backward())
+    return Surroundings(_held(repeating), weakref.ref(repeating), tuple(inside), forward=False)
 
 
 def _in_node(ctx: Any, inside: list[Any]) -> Surroundings:
     # A hook of another node may run a model while the backward of this one is on the stack.
     if _current_autograd_node() is not ctx:
-        return Surroundings(None, None, tuple(inside))
-    return Surroundings(ctx, _current_graph_task_id(), tuple(inside))
+        return Surroundings(None, None, tuple(inside), forward=False)
+    return Surroundings(ctx, _current_graph_task_id(), tuple(inside), forward=False)
 
 
 def _stack() -> Iterator[FrameType]:

@@ -138,6 +138,9 @@ class Tap:
 _SELECTIVE = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
+_SEEN: AbstractContextManager[None] = contextlib.nullcontext()
+
+
 def unseen() -> AbstractContextManager[Any]:
     """Hides what is inside from selective checkpoints.
 
@@ -147,7 +150,7 @@ def unseen() -> AbstractContextManager[Any]:
     """
     if any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack()):
         return _disable_current_modes()
-    return contextlib.nullcontext()
+    return _SEEN
 
 
 def _group_limited_topk() -> Callable[..., Selection] | None:

@@ -27,7 +27,7 @@ from r3patch.sessions import _preflight
 from r3patch.sessions._alarm import ROWS, Alarm, AlarmMode
 from r3patch.sessions._measure import Measure, TokenFigures
 from r3patch.sessions._microbatch import DeviceRows, Microbatch, check_size
-from r3patch.sessions._recompute import CallLog, Surroundings, in_recompute, surroundings
+from r3patch.sessions._recompute import CallLog, Surroundings, surroundings
 from r3patch.sessions._session import Chunk, Lifetime, Plan, Session, readable
 from r3patch.sessions._tap import Selection, Tap, TopkCall, unseen
 from r3patch.sessions._tokens import TokenMode, TokenWatch
@@ -239,6 +239,7 @@ class MicrobatchQueue:
         self, chunk: Chunk, *, missing: Missing, figures: bool, probes: int, tokens: TokenWatch
     ) -> None:
         self.chunk = chunk
+        self.column = {router.layer_number: index for index, router in enumerate(chunk.main)}
         self.given = 0
         self.seconds = 0.0
         self.figures: list[TokenFigures] = []
@@ -251,6 +252,7 @@ class MicrobatchQueue:
         self._ep_size = int(getattr(config, "expert_model_parallel_size", 1) or 1)
         self._mlp_chunks = _preflight.mlp_chunks(config) if chunk.main else 1
         self._waiting: dict[int, Microbatch] = {}
+        self._oldest = 0  # of those that are kept
         self._current = 0  # the microbatch that the routers take now,
         self._taken: dict[int, int] = {}  # and how many of its rows each has, by layer number
         self._done: set[int] = set()  # the layers that have all of them
@@ -388,8 +390,9 @@ class MicrobatchQueue:
             self._drop_taken()
 
     def _drop_taken(self) -> None:
-        for index in [index for index in self._waiting if index < self._current]:
-            del self._waiting[index]
+        while self._oldest < self._current:
+            del self._waiting[self._oldest]
+            self._oldest += 1
 
     def _behind(self) -> str:
         """The first router that has not all rows of the current microbatch, in words."""
@@ -444,7 +447,7 @@ class ReplayTap(Tap):
         self._router = router
         self._queue = queue
         self._alarm = alarm
-        self._column = queue.chunk.main.index(router)
+        self._column = queue.column[router.layer_number]
         self._ordered = _preflight.sums_in_order(router)
         grouped = bool(getattr(router.module.config, "moe_router_group_topk", None))
         self._topk_sorts = functools.partial(_preflight.topk_sorts, grouped=grouped)
@@ -456,10 +459,7 @@ class ReplayTap(Tap):
         """See `Tap`."""
         around = surroundings()
         with unseen():
-            if around.repeats is not None or in_recompute():
-                ids = self._recompute(call, around)
-            else:
-                ids = self._forward(call, around)
+            ids = self._forward(call, around) if around.forward else self._recompute(call, around)
         return call.scores.gather(1, ids), ids
 
     def counts(self) -> dict[str, int]:
