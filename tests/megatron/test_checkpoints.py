@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,9 +33,9 @@ from torch.utils.checkpoint import (
 )
 
 import r3patch
-from r3patch import Routes, testing
+from r3patch import Routes
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 GAPS = {
     "no": slice(0, 0),
@@ -47,12 +47,6 @@ PRODUCTS = [("no", True), ("last", False), ("last", True), ("half", False), ("ev
 #: Operations that Megatron's router and a tap both use: a selective checkpoint that saves them
 #: hands a tap's results to Megatron if the two runs differ.
 SAVED = {"topk", "sort", "gather", "index_select", "scatter", "_to_copy", "zeros", "sum", "copy_"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
 
 
 def save_what_taps_use(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,15 +32,9 @@ from tiny import (
 )
 
 import r3patch
-from r3patch import Routes, testing
+from r3patch import Routes
 
-pytestmark = pytest.mark.megatron
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 
 # Forgotten sessions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,15 +26,9 @@ from tiny import (
 )
 
 import r3patch
-from r3patch import Routes, testing
+from r3patch import Routes
 
-pytestmark = pytest.mark.megatron
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 
 @pytest.mark.feature("config:mlp_chunks_for_training")

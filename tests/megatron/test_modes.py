@@ -5,27 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from tiny import FULL
 
 import r3patch
 from r3patch import Routes, testing
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 EXPERTS, TOPK, BATCH, LENGTH = 16, 4, 2, 16
 TOKENS = BATCH * LENGTH
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 RECOMPUTE = pytest.mark.parametrize("recompute", [{}, FULL], ids=["no_recompute", "full"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
 
 
 def build(**overrides: Any) -> Any:

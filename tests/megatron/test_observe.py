@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,10 @@ from r3patch.observe import trace as writer
 from r3patch.observe.history import History, load
 from r3patch.observe.verdict import Check, checks
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 BATCH, LENGTH = 2, 24
 STEPS = range(3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    from r3patch import testing
-
-    with testing.megatron_on_cpu():
-        yield
 
 
 @pytest.fixture

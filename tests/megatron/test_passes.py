@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,9 +22,8 @@ from tiny import (
 )
 
 import r3patch
-from r3patch import testing
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 
 class StopHereError(Exception):
@@ -41,12 +39,6 @@ def raising(error: type[BaseException]) -> Any:
         raise error
 
     return hook
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
 
 
 @pytest.mark.parametrize("error", [StopHereError, Interrupt])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,15 +19,8 @@ from tiny import (
 from torch.utils.checkpoint import checkpoint
 
 import r3patch
-from r3patch import testing
 
-pytestmark = pytest.mark.megatron
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 
 # Recompute in any order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,15 +20,8 @@ from tiny import (
 )
 
 import r3patch
-from r3patch import testing
 
-pytestmark = pytest.mark.megatron
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 
 # What the model would choose, replayed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,15 +26,9 @@ from tiny import (
 )
 
 import r3patch
-from r3patch import Routes, testing
+from r3patch import Routes
 
-pytestmark = pytest.mark.megatron
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu() -> Iterator[None]:
-    with testing.megatron_on_cpu():
-        yield
+pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
 
 def test_nested_sessions_are_refused() -> None:

@@ -16,7 +16,6 @@ from r3patch import bridges, testing
 from r3patch.bridges.verl import own_routing
 from r3patch.labels.patch import TargetStatus
 
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 NATIVE = {"moe_enable_routing_replay": True}
 EXPERTS, TOPK, BATCH, LENGTH = 16, 4, 2, 12
 TOKENS = BATCH * LENGTH

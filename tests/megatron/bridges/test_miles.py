@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FULL
 
 import r3patch
 from r3patch import Routes, _config, bridges
 
 from .common import (
     EXPERTS,
-    FULL,
     NATIVE,
     Calls,
     as_map,

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FULL
 from torch import nn
 
 from r3patch import _config, bridges
 from r3patch.labels import scope as scopes
 
-from .common import FULL, TOKENS, bridge_status, build, changed, fails_after, loss_of
+from .common import TOKENS, bridge_status, build, changed, fails_after, loss_of
 
 pytestmark = pytest.mark.megatron
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FULL
 
 import r3patch
 from r3patch import Routes, _config
@@ -14,7 +15,6 @@ from r3patch.labels import scope as scopes
 
 from .common import (
     EXPERTS,
-    FULL,
     NATIVE,
     TOKENS,
     TOPK,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FULL
 
 from .common import (
-    FULL,
     Calls,
     as_map,
     assert_mtp_is_megatrons_own,

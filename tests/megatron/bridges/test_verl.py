@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FULL
 
 import r3patch
 
 from .common import (
-    FULL,
     Calls,
     as_map,
     assert_mtp_is_megatrons_own,
