@@ -52,6 +52,7 @@ class _Comparison(NamedTuple):
     rows: torch.Tensor  # [num_tokens] int32, -1 where nothing is compared
     ids: torch.Tensor  # [num_tokens] int32: what the routers got
     batch_size: int
+    whole: torch.Tensor | None  # [s, b]: what the ids are a sequence parallel part of
 
 
 class TokenWatch:
@@ -131,7 +132,8 @@ class TokenWatch:
             differs = ((rows != ids) & (rows >= 0)).any()
             self._checked[number] = microbatch.checked_tokens
             batch_size = embedded.ids.shape[0]
-            self._pending.append(_Comparison(number, differs, rows, ids, batch_size))
+            whole = embedded.ids.t() if embedded.ids.numel() != ids.numel() else None
+            self._pending.append(_Comparison(number, differs, rows, ids, batch_size, whole))
             # On another device the host reads when all is done: reading waits.
             if differs.device.type == "cpu":
                 self._settle()
@@ -158,8 +160,14 @@ class TokenWatch:
             one = self._pending.popleft()
             if bool(one.differs) and not self._fault:
                 others = {number: tokens for number, tokens in self._known if number != one.number}
+                whole = () if one.whole is None else one.whole.cpu().chunk(tensor_parallel()[0])
                 self._fault = cause(
-                    one.rows.cpu(), one.ids.cpu(), others, number=one.number, batch=one.batch_size
+                    one.rows.cpu(),
+                    one.ids.cpu(),
+                    others,
+                    number=one.number,
+                    batch=one.batch_size,
+                    ranks=[part.flatten() for part in whole],
                 )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
