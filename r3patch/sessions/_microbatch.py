@@ -212,13 +212,13 @@ def _piece_sizes(total: int, mlp_chunks: int) -> frozenset[int]:
 
 
 def _size_hint(num_tokens: int, total: int) -> str:
-    if num_tokens < total and total % num_tokens == 0:
+    if 0 < num_tokens < total and total % num_tokens == 0:
         return (
             f"The rows are {total // num_tokens} times too many: with sequence parallelism a rank "
             "routes 1/tp_size of the tokens, with context parallelism 1/cp_size. Place the samples "
             "by Layout(...).place, which knows both, and give each forward pass one microbatch."
         )
-    if num_tokens > total and num_tokens % total == 0:
+    if 0 < total < num_tokens and num_tokens % total == 0:
         return (
             f"The tokens are {num_tokens // total} times as many: the rows were cut for sequence "
             "or context parallelism that the model does not use, or are one sample's of a batch."
