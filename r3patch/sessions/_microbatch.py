@@ -33,7 +33,7 @@ class DeviceRows(NamedTuple):
     ids: tuple[torch.Tensor, ...]
     """``[num_tokens, topk]``, narrow."""
     gaps: tuple[torch.Tensor | None, ...]
-    """``[num_gaps] int64``: the rows in which Megatron chooses; None where there are none."""
+    """``[num_gaps] int64``: the rows without routes; None where there are none."""
     probes: tuple[torch.Tensor | None, ...]
     """``[n] int64``: a few rows with routes, for the alarm; None where it does not look."""
     tokens: torch.Tensor | None
@@ -94,7 +94,7 @@ class Microbatch:
         if self.on_device is None:
             buffer = self._buffer.to(device, non_blocking=True)
             there = {name: _moved(view, buffer) for name, view in self._parts.items()}
-            gaps = [None if self.spread else there.get(("gaps", key)) for key in self._gap_keys]
+            gaps = [there.get(("gaps", key)) for key in self._gap_keys]
             probes = [there.get(("probes", key)) for key in self._gap_keys]
             self.on_device = DeviceRows(
                 there["rows"].unbind(0), tuple(gaps), tuple(probes), there.get("tokens")

@@ -471,12 +471,10 @@ class ReplayTap(Tap):
         if rows.first:
             self._queue.tokens.compare(rows.microbatch, rows.number, call.scores.device)
         ids, gaps = self._rollout(rows, call)
-        own = in_gaps = None
-        if self._measure is not None:
-            own = call.own_ids()
-            in_gaps = None if gaps is None else own.index_select(0, gaps)
-        elif gaps is not None:
-            in_gaps = call.own_ids(gaps)
+        own = None if self._measure is None else call.own_ids()
+        in_gaps = None
+        if gaps is not None and not rows.microbatch.spread:
+            in_gaps = call.own_ids(gaps) if own is None else own.index_select(0, gaps)
         if around.inside:
             rows = rows._replace(in_gaps=_narrow(in_gaps), own=_narrow(own))
             self._calls.forward(rows, around)
