@@ -81,7 +81,6 @@ class Microbatch:
         self._buffer, views = _pack(list(parts.values()))
         self._parts = dict(zip(parts, views, strict=True))
         self._gap_keys = [id(positions) for positions in gaps]
-        self.has_tokens = routes.tokens is not None
         self.on_device: DeviceRows | None = None
 
     @property

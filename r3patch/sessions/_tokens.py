@@ -22,7 +22,7 @@ from torch import nn
 
 from r3patch._errors import ReplayError
 from r3patch.observe.stats import TokenCheck
-from r3patch.sessions._microbatch import Microbatch
+from r3patch.sessions._microbatch import DeviceRows, Microbatch
 from r3patch.sessions._passes import innermost
 from r3patch.sessions._preflight import tensor_parallel
 from r3patch.sessions._recompute import in_recompute
@@ -102,8 +102,13 @@ class TokenWatch:
         if tokens is not None and self._mode != "ignore":
             self._known.append((number, tokens))
 
-    def compare(self, microbatch: Microbatch, number: int, device: torch.device) -> None:
+    def compare(self, microbatch: Microbatch, number: int, there: DeviceRows) -> None:
         """Compare when the first router of the chunk takes a microbatch. Waits for nothing.
+
+        Args:
+            microbatch: the microbatch.
+            number: of it, in the order of the forward passes.
+            there: its rows on the routers' device.
 
         Raises:
             ReplayError: in mode "strict", where the ids are on the host.
@@ -111,7 +116,7 @@ class TokenWatch:
         embedded = self._embedded.popleft() if self._embedded else None
         if self._mode == "ignore":
             self._skipped = 'tokens="ignore"'
-        elif not microbatch.has_tokens:
+        elif (rows := there.tokens) is None:
             self._skipped = "no tokens: pass tokens= to decode"
         elif embedded is None:
             self._skipped = (
@@ -123,11 +128,9 @@ class TokenWatch:
                 shape = tuple(embedded.ids.shape)
                 self._skipped = f"{shape} ids are embedded for {microbatch.num_tokens} rows"
                 return
-            rows = microbatch.to_device(device).tokens
-            assert rows is not None
-            if device.type != "cpu":
+            if rows.device.type != "cpu":
                 rows = rows.clone()  # a view would keep all rows of the microbatch
-            ids = ids.to(device, torch.int32)
+            ids = ids.to(rows.device, torch.int32)
             differs = ((rows != ids) & (rows >= 0)).any()
             self._checked[number] = microbatch.checked_tokens
             batch_size = embedded.ids.shape[0]

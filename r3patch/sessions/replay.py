@@ -469,7 +469,8 @@ class ReplayTap(Tap):
     def _forward(self, call: TopkCall, around: Surroundings) -> torch.Tensor:
         rows = self._queue.take(self._router, call.scores.shape[0])
         if rows.first:
-            self._queue.tokens.compare(rows.microbatch, rows.number, call.scores.device)
+            there = self._queue.on_device(rows.microbatch, call.scores.device)
+            self._queue.tokens.compare(rows.microbatch, rows.number, there)
         ids, gaps = self._rollout(rows, call)
         own = None if self._measure is None else call.own_ids()
         in_gaps = None

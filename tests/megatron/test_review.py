@@ -1,0 +1,77 @@
+"""What a second reader found: figures of padding, rows on the device, calls without tokens."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import EXPERTS, FULL, TOKENS, batch, build, loss_of, random_routes
+
+import r3patch
+from r3patch import Routes, testing
+from r3patch.sessions._microbatch import Microbatch, check_size
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu() -> Iterator[None]:
+    with testing.megatron_on_cpu():
+        yield
+
+
+def test_spread_rows_are_not_measured() -> None:
+    """Experts that r3patch gave to padding say nothing of the rollout: no figure counts them."""
+    model = build()
+    with r3patch.record(model) as recording:
+        loss_of(model, 1)
+    (own,) = recording.routes
+    valid = torch.arange(TOKENS) < TOKENS // 4
+    routes = Routes(own.experts, own.layers, valid, num_experts=EXPERTS)
+    with r3patch.replay(model, [routes], missing="spread", measure=True) as session:
+        loss_of(model, 1)
+    total = session.stats.total("main")
+    assert total.rows_measured == total.rows_replayed == len(own.layers) * TOKENS // 4
+    assert total.rows_differing == 0
+    assert list(session.stats.tokens) == valid.int().tolist()
+
+
+def test_tokens_do_not_keep_rows_on_the_device() -> None:
+    """Rows with tokens are of the two latest microbatches too, and gone after the session."""
+    model = build(**FULL)
+    microbatches = []
+    for seed in range(4):
+        routes, ids = random_routes(model, seed), batch(seed)["input_ids"]
+        microbatches.append(
+            Routes(routes.experts, routes.layers, num_experts=EXPERTS, tokens=ids.t().reshape(-1))
+        )
+    with r3patch.replay(model, microbatches):
+        losses = [loss_of(model, seed) for seed in range(4)]
+        assert on_device() == 2
+        torch.stack(losses).sum().backward()
+    assert on_device() == 0
+
+
+def on_device() -> int:
+    """How many microbatches have rows on the device."""
+    return sum(type(o) is Microbatch and o.on_device is not None for o in gc.get_objects())
+
+
+@pytest.mark.parametrize(("total", "num_tokens"), [(0, 8), (8, 0)])
+def test_an_empty_side_is_a_wrong_size(total: int, num_tokens: int) -> None:
+    """A call or a microbatch of no tokens is refused by name, not by a division by zero."""
+    with pytest.raises(r3patch.ReplayError, match=f"routes {num_tokens} tokens, .* has {total} "):
+        check_size(total, 0, num_tokens, 1, "decoder.router")
+
+
+def test_a_microbatch_of_no_tokens() -> None:
+    """A rank that gets no token of a microbatch takes its empty rows, in order."""
+    model = build()
+    with r3patch.replay(model, [random_routes(model, 1, num_tokens=n) for n in (2, 0, 2)]) as s:
+        for size in (1, 0, 1):
+            for tap in s._taps[:2]:
+                scores = torch.rand(2 * size, EXPERTS)
+                tap.get_replay_topk(scores, 4, default_compute_topk=torch.topk)
+    assert s.stats.total("main").rows_replayed == 8
