@@ -160,9 +160,11 @@ class Session:
             # Routers that are not replayed keep the fused kernel: theirs are Megatron's own bits.
             if tap is not None and getattr(info.module.config, "moe_router_fusion", False):
                 self._set(info.module, "config", _preflight.unfused(info.module.config))
-            tap = Tap(info, plan.chunk.index) if tap is None else tap
-            self._set(info.module, "router_replay", tap)
-            self._taps.append(tap)
+            # An MTP head's own Router class may lack the extension point: it routes live anyway.
+            if tap is not None or hasattr(info.module, "router_replay"):
+                tap = Tap(info, plan.chunk.index) if tap is None else tap
+                self._set(info.module, "router_replay", tap)
+                self._taps.append(tap)
         passes = ForwardPasses(plan.chunk.name, plan.listener)
         self._lifetime.undo(functools.partial(passes.unwatch, plan.chunk.module))
         passes.watch(plan.chunk.module)

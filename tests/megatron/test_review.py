@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +76,27 @@ def test_a_microbatch_of_no_tokens() -> None:
                 scores = torch.rand(2 * size, EXPERTS)
                 tap.get_replay_topk(scores, 4, default_compute_topk=torch.topk)
     assert s.stats.total("main").rows_replayed == 8
+
+
+def test_an_mtp_router_without_the_extension_point() -> None:
+    """A head's own kind of router, which no session could reach, is left alone."""
+    from megatron.core.transformer.moe.router import Router
+
+    class OwnRouter(Router):  # type: ignore[misc]  # Megatron carries no types
+        def __init__(self, config: Any) -> None:
+            torch.nn.Module.__init__(self)
+            self.config = config
+
+        def routing(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    model = build()
+    model.head = OwnRouter(model.config)
+    r3patch.label(model.head, scope="mtp")
+    with r3patch.record(model) as recording:
+        loss_of(model, 1)
+    assert len(recording.routes) == 1
+    assert not hasattr(model.head, "router_replay")
