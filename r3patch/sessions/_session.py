@@ -176,9 +176,22 @@ class Session:
         self._lifetime.undo(functools.partial(setattr, router, name, getattr(router, name)))
         setattr(router, name, value)
 
-    def _leave(self) -> None:
-        self._lifetime.close()
+    def _leave(self, error: BaseException | None) -> bool:
+        """Take the taps out again; False where there are none, because it was left before.
+
+        Raises:
+            ReplayError: it was never entered, and no other error is on its way.
+        """
+        life = self._lifetime
+        if not life.entered and error is None:
+            raise ReplayError(
+                f"this {life.kind} session is closed and was never entered: what ran before it ran "
+                f"live. Call open() first, or write `with r3patch.{life.kind}(...) as session:`."
+            )
+        was_open = life.open
+        life.close()
         self._forgotten.detach()
+        return was_open
 
     def _router_stats(self) -> tuple[RouterStats, ...]:
         topk = {id(router.module): router.topk for router in self._main}

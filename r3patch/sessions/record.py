@@ -69,7 +69,8 @@ class RecordSession(Session):
         Raises:
             ReplayError: nothing was recorded, or half a forward.
         """
-        self._leave()
+        if not self._leave(error):
+            return
         try:
             if error is None:
                 self._routes = self._collect()

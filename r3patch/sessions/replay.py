@@ -101,7 +101,8 @@ class ReplaySession(Session):
             ReplayError: a main router did not take every microbatch: replay was a no-op in part.
                 Rows belong to other tokens than the model got. The alarm rang, in mode "raise".
         """
-        self._leave()
+        if not self._leave(error):
+            return
         try:
             if error is None:
                 for queue in self._queues:

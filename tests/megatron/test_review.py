@@ -12,6 +12,7 @@ from tiny import EXPERTS, FULL, TOKENS, batch, build, loss_of, random_routes
 
 import r3patch
 from r3patch import Routes, testing
+from r3patch.observe import trace
 from r3patch.sessions._microbatch import Microbatch, check_size
 
 pytestmark = pytest.mark.megatron
@@ -100,3 +101,26 @@ def test_an_mtp_router_without_the_extension_point() -> None:
         loss_of(model, 1)
     assert len(recording.routes) == 1
     assert not hasattr(model.head, "router_replay")
+
+
+@pytest.mark.parametrize("open_session", [r3patch.record, r3patch.replay])
+def test_a_session_that_is_closed_and_was_never_opened(open_session: Any) -> None:
+    """A framework whose hook for open() is not called has run live: close() says so."""
+    session = open_session(build())
+    with pytest.raises(r3patch.ReplayError, match="was never entered"):
+        session.close()
+    error = ValueError("the step's own")
+    open_session(build()).close(error)  # hides no other error
+
+
+def test_a_second_close_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """close() inside the block, or twice: the session is checked and traced once."""
+    written: list[Any] = []
+    monkeypatch.setattr(trace, "enabled", lambda: True)
+    monkeypatch.setattr(trace, "write", written.append)
+    model = build()
+    with r3patch.replay(model, [random_routes(model, 1)]) as session:
+        loss_of(model, 1)
+        session.close()
+    session.close()
+    assert len(written) == 1
