@@ -124,3 +124,10 @@ def test_a_second_close_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
         session.close()
     session.close()
     assert len(written) == 1
+
+
+def test_a_recording_of_two_models_is_refused() -> None:
+    """Their layers have the same numbers, and the second's columns would replace the first's."""
+    recording = r3patch.record([build(), build()])
+    with pytest.raises(r3patch.ReplayError, match=r"layer 2 is in chunk 0 .* and in chunk 1"):
+        recording.open()
