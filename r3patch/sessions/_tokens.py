@@ -4,10 +4,11 @@ A row of the right count can belong to another token, and nothing else would tel
 carry the token ids that the engine saw, they are compared with what the chunk embeds, on the
 device: microbatch by microbatch, when the first main router asks for rows.
 
-The ids are taken at the chunk's ``embedding``, not from the batch: wrappers, VLMs and schedules
-that call a chunk layer by layer all come through it, and a later pipeline stage, which gets the
-same batch, embeds nothing. Calls in backward are recomputes, calls from
-megatron/core/transformer/multi_token_prediction.py are MTP's own: both are passed over.
+The ids are taken at the chunk's ``embedding``, not from the batch: wrappers and schedules that
+call a chunk layer by layer come through it, and a later pipeline stage, which gets the same batch,
+embeds nothing. A chunk whose embedding is deeper (a VLM's ``language_model``) is not compared.
+Calls in backward are recomputes, calls from megatron/core/transformer/multi_token_prediction.py
+are MTP's own: both are passed over.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class TokenWatch:
         self._index = index
         self._mode: TokenMode = mode
         self._embedding = getattr(self._model, "embedding", None)
-        self._embedded: deque[_Embedded] = deque()
+        self._embedded: _Embedded | None = None  # by the latest call that no router has met yet
         self._tokens_per_sample: int | None = None
         self._pending: deque[_Comparison] = deque()
         self._known: deque[tuple[int, torch.Tensor]] = deque(maxlen=_REMEMBERED)
@@ -95,7 +96,7 @@ class TokenWatch:
 
     def restart(self) -> None:
         """A forward pass of the chunk begins: ids of one that failed are not its."""
-        self._embedded.clear()
+        self._embedded = None
 
     def remember(self, number: int, tokens: torch.Tensor | None) -> None:
         """Keep the tokens of a microbatch for the name of a fault."""
@@ -113,7 +114,7 @@ class TokenWatch:
         Raises:
             ReplayError: in mode "strict", where the ids are on the host.
         """
-        embedded = self._embedded.popleft() if self._embedded else None
+        embedded, self._embedded = self._embedded, None
         if self._mode == "ignore":
             self._skipped = 'tokens="ignore"'
         elif (rows := there.tokens) is None:
@@ -177,7 +178,7 @@ class TokenWatch:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, torch.Tensor) and ids.dim() == 2:
-            self._embedded.append(_Embedded(ids.detach(), self._tokens_per_sample))
+            self._embedded = _Embedded(ids.detach(), self._tokens_per_sample)
 
 
 def _called_by_mtp() -> bool:

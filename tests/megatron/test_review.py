@@ -131,3 +131,26 @@ def test_a_recording_of_two_models_is_refused() -> None:
     recording = r3patch.record([build(), build()])
     with pytest.raises(r3patch.ReplayError, match=r"layer 2 is in chunk 0 .* and in chunk 1"):
         recording.open()
+
+
+def test_a_failed_forward_that_no_hook_sees_leaves_no_ids() -> None:
+    """model.forward(...) runs no hooks: ids that met no router are not the next microbatch's."""
+    model = build()
+    microbatches = []
+    for seed in (1, 2):
+        routes, ids = random_routes(model, seed), batch(seed)["input_ids"]
+        microbatches.append(
+            Routes(routes.experts, routes.layers, num_experts=EXPERTS, tokens=ids.t().reshape(-1))
+        )
+
+    def fail(*_: object) -> None:
+        raise ValueError
+
+    with r3patch.replay(model, microbatches) as session:
+        handle = r3patch.routers(model, "main")[0].module.register_forward_pre_hook(fail)
+        with pytest.raises(ValueError):
+            model.forward(**batch(1))
+        handle.remove()
+        for seed in (1, 2):
+            model.forward(**batch(seed))
+    assert session.stats.token_checks[0].checked == 2 * TOKENS
