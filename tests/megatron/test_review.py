@@ -154,3 +154,32 @@ def test_a_failed_forward_that_no_hook_sees_leaves_no_ids() -> None:
         for seed in (1, 2):
             model.forward(**batch(seed))
     assert session.stats.token_checks[0].checked == 2 * TOKENS
+
+
+class SetupContext(torch.autograd.Function):
+    """A checkpoint in the newer style: its forward does not get the node."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, run: Any) -> Any:
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.x, ctx.run = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            result = ctx.run(ctx.x.detach().requires_grad_())
+        torch.autograd.backward(result, gradients)
+        return gradients[0], None
+
+
+def test_a_checkpoint_that_hides_its_node_is_told_what_to_change() -> None:
+    """A Function with setup_context cannot be matched: refused, and the way out is named."""
+    model, start = build(), torch.zeros((), requires_grad=True)
+    with (
+        pytest.raises(r3patch.ReplayError, match=r"has to run its region .* in `forward\(ctx"),
+        r3patch.replay(model, [random_routes(model, 1)]),
+    ):
+        SetupContext.apply(start, lambda _: loss_of(model, 1)).backward()  # type: ignore[no-untyped-call]
