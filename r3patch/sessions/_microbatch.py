@@ -33,7 +33,7 @@ class DeviceRows(NamedTuple):
     ids: tuple[torch.Tensor, ...]
     """``[num_tokens, topk]``, narrow."""
     gaps: tuple[torch.Tensor | None, ...]
-    """``[num_gaps] int64``: the rows in which Megatron chooses; None where there are none."""
+    """``[num_gaps] int64``: the rows without routes; None where there are none."""
     probes: tuple[torch.Tensor | None, ...]
     """``[n] int64``: a few rows with routes, for the alarm; None where it does not look."""
     tokens: torch.Tensor | None
@@ -81,7 +81,6 @@ class Microbatch:
         self._buffer, views = _pack(list(parts.values()))
         self._parts = dict(zip(parts, views, strict=True))
         self._gap_keys = [id(positions) for positions in gaps]
-        self.has_tokens = routes.tokens is not None
         self.on_device: DeviceRows | None = None
 
     @property
@@ -94,7 +93,7 @@ class Microbatch:
         if self.on_device is None:
             buffer = self._buffer.to(device, non_blocking=True)
             there = {name: _moved(view, buffer) for name, view in self._parts.items()}
-            gaps = [None if self.spread else there.get(("gaps", key)) for key in self._gap_keys]
+            gaps = [there.get(("gaps", key)) for key in self._gap_keys]
             probes = [there.get(("probes", key)) for key in self._gap_keys]
             self.on_device = DeviceRows(
                 there["rows"].unbind(0), tuple(gaps), tuple(probes), there.get("tokens")
@@ -212,13 +211,13 @@ def _piece_sizes(total: int, mlp_chunks: int) -> frozenset[int]:
 
 
 def _size_hint(num_tokens: int, total: int) -> str:
-    if num_tokens < total and total % num_tokens == 0:
+    if 0 < num_tokens < total and total % num_tokens == 0:
         return (
             f"The rows are {total // num_tokens} times too many: with sequence parallelism a rank "
             "routes 1/tp_size of the tokens, with context parallelism 1/cp_size. Place the samples "
             "by Layout(...).place, which knows both, and give each forward pass one microbatch."
         )
-    if num_tokens > total and num_tokens % total == 0:
+    if 0 < total < num_tokens and num_tokens % total == 0:
         return (
             f"The tokens are {num_tokens // total} times as many: the rows were cut for sequence "
             "or context parallelism that the model does not use, or are one sample's of a batch."

@@ -164,7 +164,9 @@ class CallLog(Generic[T]):
                 raise ReplayError(
                     f"{name}: a call inside backward ({_current_autograd_node()}) repeats no "
                     f"forward call of this session{_which(region)}. Run a forward and its backward "
-                    "in the same `with` block, and no other forward inside backward."
+                    "in the same `with` block, and no other forward inside backward. An autograd "
+                    "Function that recomputes by itself has to run its region without grad in "
+                    "`forward(ctx, ...)`, whose first argument is not named self."
                 )
             region.repeats[around.run] = index + 1
             value = region.calls[index]

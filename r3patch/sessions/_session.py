@@ -160,9 +160,11 @@ class Session:
             # Routers that are not replayed keep the fused kernel: theirs are Megatron's own bits.
             if tap is not None and getattr(info.module.config, "moe_router_fusion", False):
                 self._set(info.module, "config", _preflight.unfused(info.module.config))
-            tap = Tap(info, plan.chunk.index) if tap is None else tap
-            self._set(info.module, "router_replay", tap)
-            self._taps.append(tap)
+            # An MTP head's own Router class may lack the extension point: it routes live anyway.
+            if tap is not None or hasattr(info.module, "router_replay"):
+                tap = Tap(info, plan.chunk.index) if tap is None else tap
+                self._set(info.module, "router_replay", tap)
+                self._taps.append(tap)
         passes = ForwardPasses(plan.chunk.name, plan.listener)
         self._lifetime.undo(functools.partial(passes.unwatch, plan.chunk.module))
         passes.watch(plan.chunk.module)
@@ -174,9 +176,22 @@ class Session:
         self._lifetime.undo(functools.partial(setattr, router, name, getattr(router, name)))
         setattr(router, name, value)
 
-    def _leave(self) -> None:
-        self._lifetime.close()
+    def _leave(self, error: BaseException | None) -> bool:
+        """Take the taps out again; False where there are none, because it was left before.
+
+        Raises:
+            ReplayError: it was never entered, and no other error is on its way.
+        """
+        life = self._lifetime
+        if not life.entered and error is None:
+            raise ReplayError(
+                f"this {life.kind} session is closed and was never entered: what ran before it ran "
+                f"live. Call open() first, or write `with r3patch.{life.kind}(...) as session:`."
+            )
+        was_open = life.open
+        life.close()
         self._forgotten.detach()
+        return was_open
 
     def _router_stats(self) -> tuple[RouterStats, ...]:
         topk = {id(router.module): router.topk for router in self._main}

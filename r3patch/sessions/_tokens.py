@@ -4,10 +4,11 @@ A row of the right count can belong to another token, and nothing else would tel
 carry the token ids that the engine saw, they are compared with what the chunk embeds, on the
 device: microbatch by microbatch, when the first main router asks for rows.
 
-The ids are taken at the chunk's ``embedding``, not from the batch: wrappers, VLMs and schedules
-that call a chunk layer by layer all come through it, and a later pipeline stage, which gets the
-same batch, embeds nothing. Calls in backward are recomputes, calls from
-megatron/core/transformer/multi_token_prediction.py are MTP's own: both are passed over.
+The ids are taken at the chunk's ``embedding``, not from the batch: wrappers and schedules that
+call a chunk layer by layer come through it, and a later pipeline stage, which gets the same batch,
+embeds nothing. A chunk whose embedding is deeper (a VLM's ``language_model``) is not compared.
+Calls in backward are recomputes, calls from megatron/core/transformer/multi_token_prediction.py
+are MTP's own: both are passed over.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import nn
 
 from r3patch._errors import ReplayError
 from r3patch.observe.stats import TokenCheck
-from r3patch.sessions._microbatch import Microbatch
+from r3patch.sessions._microbatch import DeviceRows, Microbatch
 from r3patch.sessions._passes import innermost
 from r3patch.sessions._preflight import tensor_parallel
 from r3patch.sessions._recompute import in_recompute
@@ -70,7 +71,7 @@ class TokenWatch:
         self._index = index
         self._mode: TokenMode = mode
         self._embedding = getattr(self._model, "embedding", None)
-        self._embedded: deque[_Embedded] = deque()
+        self._embedded: _Embedded | None = None  # by the latest call that no router has met yet
         self._tokens_per_sample: int | None = None
         self._pending: deque[_Comparison] = deque()
         self._known: deque[tuple[int, torch.Tensor]] = deque(maxlen=_REMEMBERED)
@@ -96,23 +97,28 @@ class TokenWatch:
 
     def restart(self) -> None:
         """A forward pass of the chunk begins: ids of one that failed are not its."""
-        self._embedded.clear()
+        self._embedded = None
 
     def remember(self, number: int, tokens: torch.Tensor | None) -> None:
         """Keep the tokens of a microbatch for the name of a fault."""
         if tokens is not None and self._mode != "ignore":
             self._known.append((number, tokens))
 
-    def compare(self, microbatch: Microbatch, number: int, device: torch.device) -> None:
+    def compare(self, microbatch: Microbatch, number: int, there: DeviceRows) -> None:
         """Compare when the first router of the chunk takes a microbatch. Waits for nothing.
+
+        Args:
+            microbatch: the microbatch.
+            number: of it, in the order of the forward passes.
+            there: its rows on the routers' device.
 
         Raises:
             ReplayError: in mode "strict", where the ids are on the host.
         """
-        embedded = self._embedded.popleft() if self._embedded else None
+        embedded, self._embedded = self._embedded, None
         if self._mode == "ignore":
             self._skipped = 'tokens="ignore"'
-        elif not microbatch.has_tokens:
+        elif (rows := there.tokens) is None:
             self._skipped = "no tokens: pass tokens= to decode"
         elif embedded is None:
             self._skipped = (
@@ -124,11 +130,9 @@ class TokenWatch:
                 shape = tuple(embedded.ids.shape)
                 self._skipped = f"{shape} ids are embedded for {microbatch.num_tokens} rows"
                 return
-            rows = microbatch.to_device(device).tokens
-            assert rows is not None
-            if device.type != "cpu":
+            if rows.device.type != "cpu":
                 rows = rows.clone()  # a view would keep all rows of the microbatch
-            ids = ids.to(device, torch.int32)
+            ids = ids.to(rows.device, torch.int32)
             differs = ((rows != ids) & (rows >= 0)).any()
             self._checked[number] = microbatch.checked_tokens
             batch_size = embedded.ids.shape[0]
@@ -182,7 +186,7 @@ class TokenWatch:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, torch.Tensor) and ids.dim() == 2:
-            self._embedded.append(_Embedded(ids.detach(), self._tokens_per_sample))
+            self._embedded = _Embedded(ids.detach(), self._tokens_per_sample)
 
 
 def _called_by_mtp() -> bool:

@@ -38,7 +38,7 @@ class RecordSession(Session):
 
         Raises:
             ReplayError: the session was entered before, another one is open on the model, or a
-                chunk or a router is there twice.
+                chunk, a router or a layer number is there twice.
             UnsupportedMegatronError: Megatron or torch lacks what a session hangs on.
             UnsupportedRoutingError: a router's settings keep replay from it.
             UnlabelledRouterError, ScopeConflictError: see `r3patch.verify`.
@@ -69,7 +69,8 @@ class RecordSession(Session):
         Raises:
             ReplayError: nothing was recorded, or half a forward.
         """
-        self._leave()
+        if not self._leave(error):
+            return
         try:
             if error is None:
                 self._routes = self._collect()
@@ -101,6 +102,7 @@ class RecordSession(Session):
         return ReplayStats(self._router_stats())
 
     def _prepare(self, chunks: list[Chunk]) -> list[Plan]:
+        _refuse_two_models(chunks)
         plans = []
         for chunk in chunks:
             recording = Recording(chunk.main)
@@ -132,6 +134,19 @@ class RecordSession(Session):
                 error=error,
             )
         )
+
+
+def _refuse_two_models(chunks: list[Chunk]) -> None:
+    """Raise if two chunks have a layer in common: a recording has one column for each layer."""
+    of_layer: dict[int, Chunk] = {}
+    for chunk in chunks:
+        for router in chunk.main:
+            other = of_layer.setdefault(router.layer_number, chunk)
+            if other is not chunk:
+                raise ReplayError(
+                    f"layer {router.layer_number} is in {other.name} and in {chunk.name}: these "
+                    "are not chunks of one model. Record each model in a session of its own."
+                )
 
 
 class Recording:

@@ -101,7 +101,8 @@ class ReplaySession(Session):
             ReplayError: a main router did not take every microbatch: replay was a no-op in part.
                 Rows belong to other tokens than the model got. The alarm rang, in mode "raise".
         """
-        self._leave()
+        if not self._leave(error):
+            return
         try:
             if error is None:
                 for queue in self._queues:
@@ -470,14 +471,13 @@ class ReplayTap(Tap):
         rows = self._queue.take(self._router, call.scores.shape[0])
         if rows.first:
             self.refuse_second_manager()
-            self._queue.tokens.compare(rows.microbatch, rows.number, call.scores.device)
+            there = self._queue.on_device(rows.microbatch, call.scores.device)
+            self._queue.tokens.compare(rows.microbatch, rows.number, there)
         ids, gaps = self._rollout(rows, call)
-        own = in_gaps = None
-        if self._measure is not None:
-            own = call.own_ids()
-            in_gaps = None if gaps is None else own.index_select(0, gaps)
-        elif gaps is not None:
-            in_gaps = call.own_ids(gaps)
+        own = None if self._measure is None else call.own_ids()
+        in_gaps = None
+        if gaps is not None and not rows.microbatch.spread:
+            in_gaps = call.own_ids(gaps) if own is None else own.index_select(0, gaps)
         if around.inside:
             rows = rows._replace(in_gaps=_narrow(in_gaps), own=_narrow(own))
             self._calls.forward(rows, around)
