@@ -46,11 +46,7 @@ def record(model: Model, *, step: int | None = None, name: str | None = None) ->
         this rank's layers. The calls of one forward pass of a chunk are one microbatch.
 
     Raises:
-        TypeError: the model is neither a module nor a list of modules.
-
-    On entering:
-
-    Raises:
+        TypeError: the model is neither a module nor a list of modules; all others on entering:
         UnsupportedMegatronError: Megatron before 0.16.
         UnsupportedRoutingError: a router's settings keep a session from it; a model without MoE.
         UnlabelledRouterError, ScopeConflictError: labels cannot be trusted, see `r3patch.verify`.
@@ -109,18 +105,12 @@ def replay(
         ReplayError: ``microbatches`` is one `Routes`; ``missing``, ``tokens`` or ``alarm`` is no
             such word.
         TypeError: the model is neither a module nor a list of modules.
-
-    On entering, besides the errors that `record` has there:
-
-    Raises:
-        RoutesError: a microbatch does not fit the model: a layer without a column, another topk or
-            number of experts, rows without routes under ``missing="error"``.
-
-    In the block:
-
-    Raises:
-        ReplayError: a call has no rows or another number of tokens; a recompute cannot be matched
-            to its forward; on leaving, a router has not taken every microbatch.
+        RoutesError: on entering or at ``feed``, besides the errors that `record` has there: a
+            microbatch does not fit the model (a layer without a column, another topk or number of
+            experts, rows without routes under ``missing="error"``).
+        ReplayError: in the block: a call has no rows or another number of tokens, or a recompute
+            cannot be matched to its forward. On leaving it: a router has not taken every
+            microbatch, rows belong to other tokens, or the alarm rang and is to raise.
     """
     if isinstance(microbatches, Routes):
         raise ReplayError("replay() got one Routes; it takes a list, one for each microbatch.")
