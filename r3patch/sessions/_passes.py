@@ -1,9 +1,10 @@
 """Where a forward pass of a chunk begins and ends, and whether it ended well.
 
 The routers of a chunk take a microbatch together or not at all, and a pass that an exception ends
-is taken back: its retry takes the same rows. (Figures count what was routed, so both passes.) Schedules that call a chunk layer by layer
-(combined 1F1B, megatron/core/models/common/model_chunk_schedule_plan.py) never call its forward;
-there no pass is known, and what the routers ask for has to speak for itself.
+is taken back: its retry takes the same rows. (Figures count what was routed, so both passes.)
+Schedules that call a chunk layer by layer (combined 1F1B,
+megatron/core/models/common/model_chunk_schedule_plan.py) never call its forward; there no pass is
+known, and what the routers ask for has to speak for itself.
 """
 
 from __future__ import annotations

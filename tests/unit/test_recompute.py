@@ -257,6 +257,21 @@ def test_a_forward_inside_a_backward_hook_repeats_nothing(run: Run) -> None:
         y.sum().backward()
 
 
+def test_a_forward_in_the_backward_of_a_region_repeats_nothing() -> None:
+    """Not even where the recompute left a call over: it belongs to another node of the graph."""
+    router = Router()
+
+    def region(x: torch.Tensor) -> Any:
+        y = router(x)
+        if in_backward():
+            y.register_hook(lambda grad: router(leaf()) and None)
+            return y.exp()
+        return router(y).exp()
+
+    with pytest.raises(ReplayError, match="no other forward inside backward"):
+        reentrant(region, leaf()).sum().backward()
+
+
 def with_a_backward_inside(run: Run, router: Router) -> Callable[[torch.Tensor], torch.Tensor]:
     def region(x: torch.Tensor) -> Any:
         y = router(x)
