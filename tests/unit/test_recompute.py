@@ -272,6 +272,20 @@ def test_a_forward_in_the_backward_of_a_region_repeats_nothing() -> None:
         reentrant(region, leaf()).sum().backward()
 
 
+@BOTH
+def test_a_recompute_that_makes_more_calls_is_refused(run: Run) -> None:
+    """Its region has no value for them, and none of another region is taken."""
+    router = Router()
+
+    def region(x: torch.Tensor) -> Any:
+        y = router(x)
+        return router(y).exp() if in_backward() else y.sin().exp()
+
+    losses = [run(region, leaf()).sum() for _ in range(2)]
+    with pytest.raises(ReplayError, match="beyond the 1 of its region"):
+        losses[0].backward()
+
+
 def with_a_backward_inside(run: Run, router: Router) -> Callable[[torch.Tensor], torch.Tensor]:
     def region(x: torch.Tensor) -> Any:
         y = router(x)
