@@ -10,6 +10,7 @@ from tiny import (
     EXPERTS,
     FULL,
     RECOMPUTE,
+    ROUTING,
     TOKENS,
     TOPK,
     Calls,
@@ -67,17 +68,34 @@ def test_chunked_mlp_is_recorded_whole() -> None:
 # Rows without routes
 
 
+@ROUTING
 @RECOMPUTE
-def test_missing_rows_route_live(recompute: Any) -> None:
+def test_missing_rows_route_live(recompute: Any, routing: Any) -> None:
     """Invalid rows take Megatron's own choice, valid ones the rollout's, in recompute too."""
-    model = build(**recompute)
+    check_live_rows(recompute, routing)
+
+
+@RECOMPUTE
+def test_missing_rows_of_groups_without_megatrons_function(
+    recompute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where group_limited_topk cannot be had for some rows, it is asked for all of them."""
+    from r3patch.sessions import _tap
+
+    monkeypatch.setattr(_tap, "_group_limited_topk", lambda: None)
+    groups = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
+    check_live_rows(recompute, {"moe_router_score_function": "sigmoid", **groups})
+
+
+def check_live_rows(recompute: Any, routing: Any) -> None:
+    model = build(**recompute, **routing)
     routes = with_gaps(random_routes(model, 11))
     valid = routes.mask[:, 0]
     calls = Calls(model)
     with r3patch.replay(model, [routes]):
         step(model, (1,))
     first = routes.layers[0]
-    (live_model,) = (build(),)
+    live_model = build(**routing)
     live_calls = Calls(live_model)
     step(live_model, (1,))
     (live,) = live_calls.main(in_backward=False)[first]  # the first MoE layer: equal inputs
