@@ -17,12 +17,14 @@ import sessions
 import stress
 import torch
 from exactness import check
+from stack import expect_foreign_routes
 from timing import keep_freed_memory
 
 from r3patch import testing
 
 
 def main() -> None:
+    expect_foreign_routes()
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("length", nargs="?", choices=["full", "short"], default="full")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"))

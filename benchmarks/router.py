@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from exactness import check
 from managers import GlobalManager, MaskedList
-from stack import ROUTINGS, Stack, random_routes
+from stack import ROUTINGS, Stack, expect_foreign_routes, random_routes
 from timing import Ratio, Variant, keep_freed_memory, measure, ratio
 
 import r3patch
@@ -140,6 +140,7 @@ def show(table: Table) -> None:
 
 
 def main() -> None:
+    expect_foreign_routes()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=60)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stack import Nest, Stack, random_routes
+from stack import Nest, Stack, expect_foreign_routes, random_routes
 from timing import Variant, keep_freed_memory, measure, ratio
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -464,6 +464,7 @@ def _number(value: float) -> str:
 
 
 def main() -> None:
+    expect_foreign_routes()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="few repeats, small sizes")
     parser.add_argument("--json", help="a file for the figures")

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from schedules import GPT, LAYERS, Case, Move, draw, simpler
-from stack import CHECKPOINTS, ROUTINGS, Forced, Stack, leaves, random_routes
+from stack import CHECKPOINTS, ROUTINGS, Forced, Stack, expect_foreign_routes, leaves, random_routes
 
 import r3patch
 from r3patch import Routes, testing
@@ -413,6 +413,7 @@ def bad(case: Case, outcome: Outcome) -> bool:
 
 
 def main() -> None:
+    expect_foreign_routes()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0, help="the number of the first case")
