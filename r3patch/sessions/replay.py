@@ -190,6 +190,8 @@ class ReplaySession(Session):
 
     def _overlap(self) -> float | None:
         """Of all measured rows with Megatron's choice; None if nothing was measured."""
+        if not self._measure:
+            return None
         routers = [router for router in self._router_stats() if router.rows_measured]
         experts = sum(router.rows_measured * router.topk for router in routers)
         return sum(router.experts_shared for router in routers) / experts if experts else None
