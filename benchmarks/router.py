@@ -1,6 +1,7 @@
 """A router's forward and backward in a session, as ratios to stock live routing in one run.
 
     python benchmarks/router.py [--tokens 4096] [--repeats 60] [--short] [--no-check]
+    python benchmarks/router.py --profile [--tokens 4096]     # what replay adds to native replay
 
 Stock Megatron's ``TopKRouter`` on a CPU, one thread, hidden size 32, 128 experts, top-8: the router
 next to no model at all, so that the ratios are as far from 1 as they can be. First the grid of
@@ -14,6 +15,8 @@ import argparse
 import contextlib
 import json
 import platform
+import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +27,8 @@ from exactness import check
 from managers import GlobalManager, MaskedList
 from stack import ROUTINGS, Stack, expect_foreign_routes, random_routes
 from timing import Ratio, Variant, keep_freed_memory, measure, ratio
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
 
 import r3patch
 from r3patch import Routes, testing
@@ -31,6 +36,7 @@ from r3patch import Routes, testing
 HIDDEN, EXPERTS, TOPK = 32, 128, 8
 GAPS = (0.01, 0.5, 1.0)
 Table = dict[str, dict[str, dict[str, Ratio]]]  # routing, variant, "stock" or "native"
+Operations = dict[str, tuple[int, float]]  # by name: how many, and microseconds, of one call
 
 
 def run(tokens: int, repeats: int) -> Table:
@@ -122,6 +128,49 @@ class _Bench:
         return routes.experts[:, 0].long(), routes.valid[:, 0]
 
 
+def profile(routing: str, tokens: int, repeats: int) -> None:
+    """Print which operations a replayed call runs beside those of native replay, and their time."""
+    bench = _Bench(routing, tokens)
+    stack, twin = bench.stack(), bench.stack()
+    with r3patch.replay(stack) as session, r3patch.replay(twin) as other:
+        # What no other way to sort comes under; its bits are not Megatron's.
+        twin.routers[0].router_replay._ordered = {False: False, True: False}
+        variants = {
+            "native": bench.native(),
+            "replay": bench.variant(stack, lambda: session.feed(bench.routes(0.0))),
+            "without the order": bench.variant(twin, lambda: other.feed(bench.routes(0.0))),
+        }
+        seconds = measure(variants, repeats)
+        native, ours = (_operations(variants[name], repeats) for name in ("native", "replay"))
+    native_time = statistics.median(seconds["native"]) * 1e6
+    print(f"\n{routing}, {tokens} tokens: forward and backward of a call, replay less native")
+    print(f"  {'operation':24}{'calls':>8}{'us':>8}{'of native':>11}")
+    for name in sorted(ours, key=lambda n: native.get(n, (0, 0))[1] - ours[n][1]):
+        count, spent = (a - b for a, b in zip(ours[name], native.get(name, (0, 0)), strict=True))
+        if count >= 1 and spent >= 5:  # microseconds: the rest is views
+            print(f"  {name:24}{count:8.0f}{spent:8.0f}{spent / native_time:11.3f}")
+    for name in ("replay", "without the order"):
+        more = ratio(seconds[name], seconds["native"]).median - 1
+        print(f"  {f'{name}, not profiled':32}{more * native_time:8.0f}{more:11.3f}")
+
+
+def _operations(variant: Variant, calls: int) -> Operations:
+    for _ in range(calls):
+        variant.prepare()
+    with profiler(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(calls):
+            variant.run()
+    times = defaultdict(list)
+    for event in profiled.events():
+        times[event.name].append(event.self_cpu_time_total)
+    found = {}
+    for name, spent in times.items():
+        count = len(spent) // calls
+        by_call = [sum(spent[i * count : (i + 1) * count]) for i in range(calls)]
+        found[name] = count, statistics.median(by_call)
+    return found
+
+
 def versions() -> dict[str, str]:
     """What was measured, and on what."""
     found = {name: metadata.version(name) for name in ("torch", "megatron-core")}
@@ -146,11 +195,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--short", action="store_true", help="a tenth of the grid, 5 repeats")
     parser.add_argument("--no-check", action="store_true", help="measure what may be inexact")
+    parser.add_argument("--profile", action="store_true", help="operations of replay and native")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     with testing.megatron_on_cpu():
+        if args.profile:
+            for routing in ROUTINGS:
+                profile(routing, args.tokens, args.repeats)
+            return
         if not args.no_check:
             print(f"{check(0.1 if args.short else 1.0)} cases are exact")
         table = run(args.tokens, 5 if args.short else args.repeats)

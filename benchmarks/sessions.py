@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from stack import Nest, Stack, expect_foreign_routes, random_routes
@@ -29,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import r3patch
 from r3patch import Layout, Routes, testing
+from r3patch.sessions._tokens import TokenWatch
 
 EXPERTS, TOPK = 64, 8
 Figures = dict[str, float]
@@ -197,7 +200,8 @@ def _peak(mode: str, tokens: int, layers: int) -> int:
         if mode == "stock":
             _backward(stack, x)
         elif mode == "native":
-            _native(stack, routes, lambda: _backward(stack, x))
+            with _native(stack, routes):
+                _backward(stack, x)
         else:
             with r3patch.replay(stack, [routes], measure=mode == "measure"):
                 _backward(stack, x)
@@ -209,7 +213,8 @@ def _peak(mode: str, tokens: int, layers: int) -> int:
     return max(itertools.accumulate(int(event.nbytes()) for event in memory))
 
 
-def _native(stack: torch.nn.Module, routes: Routes, step: Callable[[], object]) -> None:
+@contextlib.contextmanager
+def _native(stack: torch.nn.Module, routes: Routes) -> Iterator[None]:
     """Megatron's RouterReplay as frameworks drive it: int64 targets, again for recompute."""
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
@@ -219,7 +224,7 @@ def _native(stack: torch.nn.Module, routes: Routes, step: Callable[[], object]) 
         replay.set_target_indices(routes.experts[:, index].long())
         replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         router.router_replay = replay
-    step()
+    yield
     for router, replay in zip(routers, replays, strict=True):
         router.router_replay = None
         RouterReplay.global_router_replay_instances.remove(replay)
@@ -229,7 +234,10 @@ def _native(stack: torch.nn.Module, routes: Routes, step: Callable[[], object]) 
 
 
 class _Calls(TorchFunctionMode):
-    """Copies to a device that are asked for: on a CPU they are none, but the call is the same."""
+    """Copies to a device that are asked for: on a CPU they are none, but the call is the same.
+
+    A call that names a dtype, too, is a cast of what is there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,6 +246,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         values = (*args[1:], *(kwargs or {}).values())
         moves = func in (torch.Tensor.to, torch.Tensor.cuda)
+        moves = moves and not any(isinstance(v, torch.dtype) for v in values)
         self.copies += moves and any(isinstance(v, (torch.device, str)) for v in values)
         return func(*args, **(kwargs or {}))
 
@@ -269,59 +278,114 @@ def counts(microbatches: int = 4, chunks: int = 2, layers: int = 3) -> Figures:
     routes = random_routes(every, tokens, experts=EXPERTS, topk=TOPK, seed=0, gaps=0.1)
     x = torch.randn(tokens, 1, stacks[0].config.hidden_size)
 
-    def step() -> tuple[int, int]:
-        with _Calls() as calls, _Operations() as operations:
-            for _ in range(microbatches):
-                for stack in stacks:
-                    _backward(stack, x)
-        return calls.copies, operations.waits.total()
+    def step() -> None:
+        for _ in range(microbatches):
+            for stack in stacks:
+                _backward(stack, x)
 
-    stock = step()
+    stock = _copies_and_waits(step)
     before = _alive()
     with r3patch.replay(stacks, [routes] * microbatches, measure=False):
         host = _alive() - before
-        replay = step()
+        replay = _copies_and_waits(step)
     calls = microbatches * chunks
+    checked = _counts_with_tokens(microbatches, tokens)
     return {
         "host bytes per id": host / (microbatches * routes.experts.numel()),
         "copies per microbatch and chunk": (replay[0] - stock[0]) / calls,
         "waits per microbatch and chunk": (replay[1] - stock[1]) / calls,
+        "copies, tokens checked": checked[0] / microbatches,
+        "waits, tokens checked": checked[1] / microbatches,
     }
+
+
+def _counts_with_tokens(microbatches: int, length: int) -> tuple[int, int]:
+    """Copies and waits of a whole model, which has an embedding: beyond those of stock."""
+    (model,) = testing.tiny_model(
+        num_layers=3,
+        moe_layer_freq=[1] * 3,
+        mtp_num_layers=None,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=TOPK,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    )
+    batches = testing.random_batches(
+        num_microbatches=microbatches, micro_batch_size=1, seq_length=length
+    )
+    rows = random_routes(range(1, 4), length, experts=EXPERTS, topk=TOPK, seed=0, gaps=0.1)
+    testing.train_step([model], batches)  # the first step of a model copies what it keeps
+    stock = _copies_and_waits(lambda: testing.train_step([model], batches))
+    with r3patch.replay(model, _with_tokens(rows, batches)) as session, _read_at_exit():
+        replay = _copies_and_waits(lambda: testing.train_step([model], batches))
+    if not all(check.checked for check in session.stats.token_checks):
+        raise AssertionError(f"no tokens were compared: {session.stats.token_checks}")
+    return replay[0] - stock[0], replay[1] - stock[1]
+
+
+def _copies_and_waits(step: Callable[[], object]) -> tuple[int, int]:
+    with _Calls() as calls, _Operations() as operations:
+        step()
+    return calls.copies, operations.waits.total()
+
+
+@contextlib.contextmanager
+def _read_at_exit() -> Iterator[None]:
+    """Comparisons of tokens are read at once on a CPU; on a device later, as here."""
+    with mock.patch.object(TokenWatch, "_settle"):
+        yield
+
+
+def _with_tokens(routes: Routes, batches: Sequence[Any]) -> list[Routes]:
+    """The routes for each batch, as rows of its tokens."""
+    return [
+        Routes(
+            routes.experts,
+            routes.layers,
+            routes.valid,
+            num_experts=routes.num_experts,
+            tokens=batch["input_ids"][0].to(torch.int32),
+        )
+        for batch in batches
+    ]
 
 
 # A call, and a step
 
 
-def calls(repeats: int, tokens: int = 16) -> dict[str, Figures]:
-    """A router's forward and backward of few tokens: microseconds above stock, and the ratio."""
+def calls(repeats: int, tokens: int = 16, layers: int = 8) -> dict[str, Figures]:
+    """A router's forward and backward of few tokens: microseconds above stock, and the ratio.
+
+    The routers of a chunk of some layers, one after the other: a microbatch's own cost (its copy
+    to the device, say) is shared by them, as in a model.
+    """
     x, gradient = torch.randn(tokens, 1, 32), torch.randn(tokens, EXPERTS)
 
     def variant(stack: Stack, prepare: Callable[[], object] = lambda: None) -> Variant:
         def step() -> None:
-            for _ in range(_FEW):
-                probs, _map = stack.routers[0](x)
+            for router in stack.routers:
+                probs, _map = router(x)
                 probs.backward(gradient)
 
         return Variant(step, prepare)
 
-    variants = {"stock": variant(_stack(1))}
+    native = _stack(layers)
+    full = _routes(native, tokens, 0.0)
+    variants = {"stock": variant(_stack(layers)), "native": variant(native)}
     with contextlib.ExitStack() as sessions:
+        sessions.enter_context(_native(native, full))
         for name, gaps, measured in (
             ("replay", 0.0, False),
             ("replay, gaps", 0.125, False),
             ("measure, gaps", 0.125, True),
         ):
-            stack = _stack(1)
+            stack = _stack(layers)
             session = sessions.enter_context(r3patch.replay(stack, measure=measured))
             rows = _routes(stack, tokens, gaps)
-
-            def feed(session: Any = session, rows: Routes = rows) -> None:
-                for _ in range(_FEW):
-                    session.feed(rows)
-
-            variants[name] = variant(stack, feed)
+            variants[name] = variant(stack, functools.partial(session.feed, rows))
         seconds = measure(variants, repeats)
-    stock = statistics.median(seconds["stock"]) / _FEW
+    stock = statistics.median(seconds["stock"]) / layers
     found = {}
     for name in variants:
         times = ratio(seconds[name], seconds["stock"]).median
@@ -329,11 +393,8 @@ def calls(repeats: int, tokens: int = 16) -> dict[str, Figures]:
     return found
 
 
-_FEW = 10  # calls in one timing: one alone is too short for the clock
-
-
-def step(repeats: int) -> Figures:
-    """A whole step of a small MoE model by Megatron's schedule: replay to native replay."""
+def step(repeats: int) -> dict[str, list[float]]:
+    """A whole step of a small MoE model to the same with native replay: quartiles and median."""
     microbatches, length = 2, 256
 
     def build() -> Any:
@@ -351,40 +412,46 @@ def step(repeats: int) -> Figures:
         testing.seed_parameters(model)
         return model
 
-    native, model, checked, measured, live = (build() for _ in range(5))
     batches = testing.random_batches(
         num_microbatches=microbatches, micro_batch_size=1, seq_length=length
     )
     routes = random_routes(range(1, 5), length, experts=16, topk=4, seed=0, gaps=0.01)
     full = random_routes(range(1, 5), length, experts=16, topk=4, seed=0)
-    known = [
-        Routes(
-            routes.experts,
-            routes.layers,
-            routes.valid,
-            num_experts=16,
-            tokens=batch["input_ids"][0].to(torch.int32),
-        )
-        for batch in batches
-    ]
 
-    def replay(model: Any, rows: list[Routes], **options: Any) -> None:
-        with r3patch.replay(model, rows, **options):
-            testing.train_step([model], batches)
+    def live() -> Variant:
+        model = build()
+        return Variant(lambda: testing.train_step([model], batches))
+
+    def native() -> Variant:
+        model = build()
+
+        def step() -> None:
+            with _native(model, full):
+                testing.train_step([model], batches)
+
+        return Variant(step)
+
+    def replay(rows: list[Routes], **options: Any) -> Variant:
+        model = build()
+
+        def step() -> None:
+            with r3patch.replay(model, rows, **options):
+                testing.train_step([model], batches)
+
+        return Variant(step)
 
     variants = {
-        "native": Variant(
-            lambda: _native(native, full, lambda: testing.train_step([native], batches))
-        ),
-        "live": Variant(lambda: testing.train_step([live], batches)),
-        "replay, 1 % gaps": Variant(lambda: replay(model, [routes] * microbatches)),
-        "replay, 1 % gaps, tokens checked": Variant(lambda: replay(checked, known)),
-        "measure, 1 % gaps": Variant(
-            lambda: replay(measured, [routes] * microbatches, measure=True)
-        ),
+        "native": native(),
+        "native, once more": native(),  # the same again: what the clock cannot tell apart
+        "live": live(),
+        "replay": replay([full] * microbatches),
+        "replay, 1 % gaps": replay([routes] * microbatches),
+        "replay, 1 % gaps, tokens checked": replay(_with_tokens(routes, batches)),
+        "measure, 1 % gaps": replay([routes] * microbatches, measure=True),
     }
     seconds = measure(variants, repeats)
-    return {name: ratio(seconds[name], seconds["native"]).median for name in variants}
+    found = {name: ratio(seconds[name], seconds["native"]) for name in variants}
+    return {name: [one.low, one.median, one.high] for name, one in found.items()}
 
 
 # Soak

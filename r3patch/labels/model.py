@@ -89,10 +89,16 @@ class Found:
     """Every path to it leads through an MTP module. A shared decoder layer has another path."""
 
     @property
+    def scope(self) -> str | None:
+        return getattr(self.module, ATTRIBUTE, None)
+
+    @property
+    def layer_number(self) -> int | None:
+        return getattr(self.module, "layer_number", None)
+
+    @property
     def info(self) -> RouterInfo:
-        scope = getattr(self.module, ATTRIBUTE, None)
-        number = getattr(self.module, "layer_number", None)
-        return RouterInfo(self.name, self.module, scope, number)
+        return RouterInfo(self.name, self.module, self.scope, self.layer_number)
 
     @property
     def is_mtp(self) -> bool:
@@ -130,7 +136,7 @@ def routers(model: Model, scope: str | None = None) -> list[RouterInfo]:
         return [router.info for router in found]
     scopes.checked(scope)
     _refuse_unlabelled(found)
-    return [router.info for router in found if router.info.scope == scope]
+    return [router.info for router in found if router.scope == scope]
 
 
 def label(model: Model, scope: str | None = None) -> list[RouterInfo]:
@@ -147,8 +153,8 @@ def label(model: Model, scope: str | None = None) -> list[RouterInfo]:
     if scope is not None:
         scopes.checked(scope)
     for router in found:
-        wanted = scope or (MTP if router.is_mtp else router.info.scope or MAIN)
-        if router.info.scope != wanted:
+        wanted = scope or (MTP if router.is_mtp else router.scope or MAIN)
+        if router.scope != wanted:
             scopes.set_label(router.module, wanted)
     return [router.info for router in found]
 
@@ -172,7 +178,7 @@ def check(found: list[Found]) -> None:
     """`verify`, for routers that were found already."""
     _refuse_failed_targets()
     _refuse_unlabelled(found)
-    main = [router for router in found if router.info.scope == MAIN]
+    main = [router for router in found if router.scope == MAIN]
     _refuse_mislabelled([router for router in main if router.is_mtp])
     _refuse_foreign_numbers(main)
     _refuse_shared_numbers(main)
@@ -254,7 +260,7 @@ def _refuse_failed_targets() -> None:
 
 
 def _refuse_unlabelled(found: list[Found]) -> None:
-    bare = [router for router in found if router.info.scope not in scopes.SCOPES]
+    bare = [router for router in found if router.scope not in scopes.SCOPES]
     if bare:
         raise UnlabelledRouterError(
             f"{len(bare)} of {len(found)} routers have no scope label: {_names(bare)}. They were "
@@ -286,7 +292,7 @@ def _refuse_foreign_numbers(main: list[Found]) -> None:
 def _refuse_shared_numbers(main: list[Found]) -> None:
     by_number: dict[tuple[int, int | None], list[Found]] = defaultdict(list)
     for router in main:
-        by_number[router.chunks[0], router.info.layer_number].append(router)
+        by_number[router.chunks[0], router.layer_number].append(router)
     for twins in by_number.values():
         if len(twins) > 1:
             raise ScopeConflictError(

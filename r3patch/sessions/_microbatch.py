@@ -44,7 +44,7 @@ class Microbatch:
     """The rows of one microbatch for the main routers of one chunk.
 
     Args:
-        routes: with a column for each of ``routers``.
+        routes: a column for each of ``routers``, in their order.
         routers: the main routers of the chunk.
         missing: ``"spread"`` gives rows without routes experts of their own; otherwise they are
             gaps, in which Megatron chooses.
@@ -63,7 +63,6 @@ class Microbatch:
     ) -> None:
         self.num_tokens = routes.num_tokens
         self.spread = missing == "spread"
-        routes = routes.select([router.layer_number for router in routers])
         rows = routes.experts.permute(1, 0, 2)
         gaps = list(_gaps(routes.valid, len(routers)))
         if self.spread:
@@ -110,14 +109,12 @@ class Microbatch:
         first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
         return first, last
 
-    def expert_load(self, routes: Routes, layers: Sequence[int]) -> ExpertLoad:
+    def expert_load(self, routes: Routes) -> ExpertLoad:
         """The load of the rollout's rows, and of spread ones as padding; gaps have no ids.
 
         Args:
             routes: those that this microbatch was made from.
-            layers: the layer number of each of its routers.
         """
-        routes = routes.select(layers)
         load = expert_load(routes)
         if not self.spread or routes.valid is None:
             return load

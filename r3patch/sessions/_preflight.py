@@ -264,26 +264,23 @@ def mlp_chunks(config: Any) -> int:
 def sums_in_order(router: MainRouter) -> bool:
     """Whether the order of a row's ids changes bits: Megatron sums over the row's scores.
 
-    It does not after a softmax over all experts, nor where a row has one id.
+    It does not after a softmax over all experts, nor where a row has one id, or two: a + b is b + a
+    to the bit.
     Source: ``topk_routing_with_score_function``, megatron/core/transformer/moe/moe_utils.py,
     0.16.1 to 0.19.2.
     """
     config = router.module.config
     pre_softmax = config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax
-    return router.topk > 1 and not pre_softmax
+    return router.topk > 2 and not pre_softmax
 
 
-def topk_sorts(*, grouped: bool) -> bool:
-    """Whether Megatron's top-k, called now, returns a row's ids by descending score.
+@functools.cache
+def topk_sorts(*, grouped: bool, grad_enabled: bool) -> bool:
+    """Whether Megatron's top-k returns a row's ids by descending score.
 
     Always up to 0.17; from 0.18 with grad enabled, and always for group-limited routing. Asked of
     the installed function once per case.
     """
-    return _topk_sorts(grouped=grouped, grad_enabled=torch.is_grad_enabled())
-
-
-@functools.cache
-def _topk_sorts(*, grouped: bool, grad_enabled: bool) -> bool:
     topk_function = _topk_function()
     if topk_function is None:
         return True

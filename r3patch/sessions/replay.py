@@ -190,6 +190,8 @@ class ReplaySession(Session):
 
     def _overlap(self) -> float | None:
         """Of all measured rows with Megatron's choice; None if nothing was measured."""
+        if not self._measure:
+            return None
         routers = [router for router in self._router_stats() if router.rows_measured]
         experts = sum(router.rows_measured * router.topk for router in routers)
         return sum(router.experts_shared for router in routers) / experts if experts else None
@@ -268,13 +270,13 @@ class MicrobatchQueue:
             RoutesError: it does not fit the chunk's routers.
         """
         routers = self.chunk.main
-        layers = [router.layer_number for router in routers]
         began = time.perf_counter()
         check_fit(
             routes, routers, source, num_experts=self.chunk.num_experts, missing=self._missing
         )
         if not routers:
             return
+        routes = routes.select([router.layer_number for router in routers])
         microbatch = Microbatch(
             routes,
             routers,
@@ -286,9 +288,9 @@ class MicrobatchQueue:
         self._waiting[self.given] = microbatch
         self.given += 1
         if self._measure:
-            self.figures.append(TokenFigures(routes.select(layers).mask.any(dim=1)))
+            self.figures.append(TokenFigures(routes.mask.any(dim=1)))
         if trace.enabled():
-            load = microbatch.expert_load(routes, layers)
+            load = microbatch.expert_load(routes)
             self.load = load if self.load is None else self.load.merge(load)
         self.seconds += time.perf_counter() - began
 
@@ -449,10 +451,12 @@ class ReplayTap(Tap):
         self._queue = queue
         self._alarm = alarm
         self._column = queue.column[router.layer_number]
-        self._ordered = _preflight.sums_in_order(router)
         grouped = bool(getattr(router.module.config, "moe_router_group_topk", None))
-        self._topk_sorts = functools.partial(_preflight.topk_sorts, grouped=grouped)
-        self._topk_sorts()  # ask Megatron now, not in the middle of a forward
+        self._ordered = {  # by whether grad is enabled
+            grad: _preflight.sums_in_order(router)
+            and _preflight.topk_sorts(grouped=grouped, grad_enabled=grad)
+            for grad in (False, True)
+        }
         self._measure = Measure(router.num_experts) if measure else None
         self._calls: CallLog[Rows] = CallLog(functools.partial(_guard, lifetime))
 
@@ -538,7 +542,7 @@ class ReplayTap(Tap):
         Megatron sums over a row's gate weights in the order of its ids, and engines return ids in
         any order: the same set in another order gives other bits.
         """
-        if not self._ordered or not self._topk_sorts():
+        if not self._ordered[torch.is_grad_enabled()]:
             return ids
         order = call.scores.detach().gather(1, ids).argsort(dim=1, descending=True, stable=True)
         return ids.gather(1, order)

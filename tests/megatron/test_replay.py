@@ -20,6 +20,7 @@ from tiny import (
 )
 
 import r3patch
+from r3patch import Routes
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
@@ -52,6 +53,21 @@ def test_own_routes_unmeasured(routing: Any, recompute: Any) -> None:
     with r3patch.replay(model, map(shuffled, recording.routes), measure=False):
         replayed = step(model)
     (assert_close if recompute else assert_equal)(replayed, plain)
+
+
+@ROUTING
+def test_two_ids_a_row_need_no_order(routing: Any) -> None:
+    """Rows of two ids, turned round and left so: the sum of two has the same bits both ways."""
+    model = build(moe_router_topk=2, **routing)
+    plain = step(model)
+    with r3patch.record(model) as recording:
+        step(model)
+    turned = [
+        Routes(r.experts.flip(-1), r.layers, r.valid, num_experts=r.num_experts)
+        for r in recording.routes
+    ]
+    with r3patch.replay(model, turned):
+        assert_equal(step(model), plain)
 
 
 # Foreign routes
