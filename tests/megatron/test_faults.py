@@ -46,6 +46,7 @@ def test_the_page_has_every_fault() -> None:
     assert {cells[0] for cells in page().values()} == {"tokens", "alarm", "tokens and alarm"}
 
 
+@pytest.mark.foreign_routes
 @pytest.mark.parametrize("name", faults.FAULTS)
 def test_a_fault_is_told_as_the_page_says(name: str, world: Any) -> None:
     """By the same one, and in the same words where tokens tell it."""
