@@ -4,8 +4,8 @@
 
 Every fault and the healthy twin of its layout run on stock Megatron on the CPU: the model itself is
 the rollout's engine, sample by sample; the training batch is collated here, by hand; the rows are
-placed by `r3patch.Layout`, in the fault's way. Each case runs twice, with tokens alone and with the
-alarm alone, so that the table says of each what it sees. Prints the table as Markdown; ``--update``
+placed by `r3patch.Layout`, in the fault's way. Tokens and the alarm look at the same session, each
+by itself: the table says what each sees. Prints the table as Markdown; ``--update``
 writes it into docs/faults.md, ``--cost`` prints what the comparison of tokens costs instead. The
 exit status is 1 where a healthy twin is not silent.
 """
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import logging
 import pickle
 import statistics
 import time
@@ -28,6 +30,7 @@ import torch
 
 import r3patch
 from r3patch import Layout, Routes, testing
+from r3patch.sessions import _alarm
 from r3patch.sessions._tokens import TokenWatch
 
 PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
@@ -166,30 +169,30 @@ def place(layout: Layout, microbatches: Microbatches) -> list[Routes]:
 # The cases
 
 
+@functools.cache
+def generated(weights: int, seed: int) -> Microbatches:
+    """What a model of these weights returns for these samples."""
+    model = build(weights)
+    return [[generate(model, sample) for sample in part] for part in sample_tokens(seed)]
+
+
+@functools.cache
+def first_turn() -> Routes:
+    """Of microbatch 0's last sample: its second turn was rendered without what was thought."""
+    whole = sample_tokens(0)[0][-1]
+    thought = (whole[THOUGHT] + 1) % PADDING
+    return generate(
+        build(0), torch.cat([whole[: THOUGHT.start], thought, whole[THOUGHT.start : 22]])
+    )
+
+
 class World:
     """A model, what it generated, and what is to be trained on."""
 
     def __init__(self, **recompute: Any) -> None:
         self.model = build(0, **recompute)
         self.tokens = sample_tokens(0)
-        self.rollout = self._generate(self.model, 0)
-
-    def _generate(self, model: torch.nn.Module, seed: int) -> Microbatches:
-        return [[generate(model, sample) for sample in part] for part in sample_tokens(seed)]
-
-    def older(self) -> Microbatches:
-        return self._generate(self.model, 1)
-
-    def of_other_weights(self) -> Microbatches:
-        return self._generate(build(1), 0)
-
-    def first_turn(self) -> Routes:
-        """Of microbatch 0's last sample: its second turn was rendered without what was thought."""
-        whole = self.tokens[0][-1]
-        thought = (whole[THOUGHT] + 1) % PADDING
-        return generate(
-            self.model, torch.cat([whole[: THOUGHT.start], thought, whole[THOUGHT.start : 22]])
-        )
+        self.rollout = generated(0, 0)
 
     def cut_tokens(self) -> list[list[Tokens]]:
         first, *others = self.tokens[0]
@@ -215,7 +218,7 @@ def _replace(rollout: Microbatches, number: int, sample: Routes) -> Microbatches
 
 def _stitched(world: World) -> Routes:
     """The rows of the first turn, and from there on those of the second, by their number alone."""
-    turns = world.first_turn(), world.rollout[0][-1]
+    turns = first_turn(), world.rollout[0][-1]
     start = turns[0].num_tokens - 1  # the first turn's last token was never fed
     parts = turns[0][:start], turns[1][start:]
     whole = [torch.cat([getattr(p, name) for p in parts]) for name in ("experts", "mask", "tokens")]
@@ -274,12 +277,12 @@ FAULTS = {
         "context parallel", dataclasses.replace(LAYOUTS["context parallel"], cp_rank=1)
     ),
     "a sibling's rows": _other("packed", lambda w: _replace(w.rollout, 0, w.rollout[0][1])),
-    "an older batch": _other("packed", World.older),
+    "an older batch": _other("packed", lambda w: generated(0, 1)),
     "a re-rendered history": _other("packed", lambda w: _replace(w.rollout, 3, _stitched(w))),
     "rows of the next layer": Case(
         "packed", lambda w: _next_layers(place(LAYOUTS["packed"], w.rollout))
     ),
-    "other weights": _other("packed", World.of_other_weights),
+    "other weights": _other("packed", lambda w: generated(1, 0)),
 }
 
 HEALTHY = {
@@ -295,7 +298,7 @@ HEALTHY = {
     "turns joined": _other(
         "packed",
         lambda w: _replace(
-            w.rollout, 3, Routes.join([w.first_turn(), w.rollout[0][3]], keep="first")
+            w.rollout, 3, Routes.join([first_turn(), w.rollout[0][3]], keep="first")
         ),
     ),
 }
@@ -306,45 +309,58 @@ HEALTHY = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """The texts of what was told, empty for silence; and whether somebody looked."""
+    """What was told, empty for silence; and whether somebody looked."""
 
-    tokens: str
-    alarm: str
+    tokens: str  # the text of the error
+    alarm: str  # of the warning
     compared: int
     agreement: float | None
+    alarming: bool  # whether the alarm rings, or would if no error were before it
 
     @property
     def who(self) -> str:
-        return " and ".join(n for n in ("tokens", "alarm") if getattr(self, n)) or "nothing"
+        told = {"tokens": bool(self.tokens), "alarm": self.alarming}
+        return " and ".join(name for name in told if told[name]) or "nothing"
 
     @property
     def silent(self) -> bool:
         """Silent, and not for want of a look."""
         looked = self.compared > 0 and self.agreement is not None
-        return looked and not self.tokens and not self.alarm
+        return looked and self.who == "nothing" and not self.alarm
+
+
+class Heard(logging.Handler):
+    """The texts of warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 def judge(world: World, case: Case) -> Verdict:
-    """Run a training step of two microbatches with tokens alone, and with the alarm alone."""
-    rows = case.rows(world)
+    """Run a training step of two microbatches; backward too where it repeats the forward."""
     batches = [COLLATE[case.batch](samples).arguments() for samples in case.tokens(world)]
-    checked = r3patch.replay(world.model, rows, alarm="off")
-    alarmed = r3patch.replay(world.model, rows, tokens="ignore", alarm="raise")
-    texts = [_told(world.model, session, batches) for session in (checked, alarmed)]
-    compared = sum(check.checked for check in checked.stats.token_checks)
-    return Verdict(texts[0], texts[1], compared, alarmed.stats.agreement)
-
-
-def _told(model: torch.nn.Module, session: Any, batches: list[dict[str, torch.Tensor]]) -> str:
+    session = r3patch.replay(world.model, case.rows(world))
+    backward = getattr(world.model.config, "recompute_granularity", None) is not None
+    logger, heard, told = logging.getLogger(_alarm.__name__), Heard(), ""
+    logger.addHandler(heard)
     try:
-        with session:
+        with session, torch.set_grad_enabled(backward):
             for batch in batches:
-                model(**batch).mean().backward()
+                loss = world.model(**batch).mean()
+                if backward:
+                    loss.backward()
     except r3patch.ReplayError as error:
-        return str(error)
+        told = str(error)  # which goes before the alarm: that still has its figure
     finally:
-        model.zero_grad()
-    return ""
+        logger.removeHandler(heard)
+        world.model.zero_grad()
+    compared = sum(check.checked for check in session.stats.token_checks)
+    rows = session.stats.first_rows
+    return Verdict(told, "".join(heard.texts), compared, rows.kappa, rows.alarming())
 
 
 def table(verdicts: dict[str, Verdict]) -> str:
@@ -372,7 +388,7 @@ def cost(repeats: int) -> tuple[float, float, float]:
     spent: list[float] = []
     whole: list[float] = []
     with (
-        _timed("_note_packing", spent),
+        _timed("_note_call", spent),
         _timed("_note_ids", spent),
         _timed("compare", spent),
         r3patch.replay(model, [routes] * repeats, alarm="off"),

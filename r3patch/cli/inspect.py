@@ -9,19 +9,17 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from rich.text import Text
 
 from r3patch._errors import R3PatchError
+from r3patch.cli._selection import Array, Selection, compare
 from r3patch.cli._terminal import console, paragraph, plain, table
 from r3patch.observe.numerals import percent, spans
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from r3patch.metrics import RouteMismatch
-    from r3patch.rows.routes import Routes
+from r3patch.rows.files import is_one
+from r3patch.rows.overlap import suspicious_overlap
 
 _BLOCKS = "·▁▂▃▄▅▆▇█"
 
@@ -50,15 +48,14 @@ def run(args: argparse.Namespace) -> int:
     return _show(out, args.file, routes[0]) if len(routes) == 1 else _compare(out, *routes)
 
 
-def load(path: str, args: argparse.Namespace) -> Routes:
-    """Routes from a file of any kind that `add_arguments` names, told apart by content."""
-    from r3patch.rows.decode import decode
-    from r3patch.rows.files import is_one
-    from r3patch.rows.routes import Routes
+def load(path: str, args: argparse.Namespace) -> Selection:
+    """Routes from a file of any kind that `add_arguments` names, told apart by content.
 
+    Only payloads need torch.
+    """
     data = Path(path).read_bytes()
     if is_one(data):
-        return Routes.load(path)
+        return Selection.read(path)
     if data.startswith(b'{"schema":'):
         raise R3PatchError(f"{path} is a trace and holds no routes: r3patch report {path}")
     names = ("num_tokens", "num_experts", "topk", "num_layers")
@@ -68,25 +65,24 @@ def load(path: str, args: argparse.Namespace) -> Routes:
             f"{path} is no file of Routes.save. If it is an engine's payload, add "
             f"{', '.join(absent)}."
         )
-    return decode(
+    from r3patch.rows.decode import decode
+
+    routes = decode(
         _payload(path, data),
         **{name: getattr(args, name) for name in names},
         moe_layers=_numbers(args.moe_layers) if args.moe_layers else None,
         on_bad_rows="invalid",
         name=path,
     )
+    return Selection.of(routes)
 
 
 def _payload(path: str, data: bytes) -> Any:
     text = data.strip()
     try:
         if data[:6] == b"\x93NUMPY":
-            import numpy as np
-
             return np.load(io.BytesIO(data), allow_pickle=False)
         return json.loads(text) if text[:1] in (b"[", b"{", b'"') else text
-    except ImportError:
-        raise
     except Exception as error:  # numpy and json raise half a dozen kinds on foreign bytes
         kind = "a .npy file" if data[:6] == b"\x93NUMPY" else "JSON"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -104,57 +100,46 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def suspicions(routes: Routes) -> Iterator[tuple[int, str]]:
+def suspicions(routes: Selection) -> Iterator[tuple[int, str]]:
     """Layers that look like no router's choice, as (layer number, why)."""
-    from r3patch.metrics import expert_load
-
-    load = expert_load(routes)
-    for column, layer in enumerate(routes.layers):
-        rows = _valid_rows(routes, column)
-        share = int(load.real[column].max()) / len(rows) if len(rows) else 0.0
+    previous: Array | None = None
+    for column, (layer, counts) in enumerate(zip(routes.layers, routes.load(), strict=True)):
+        rows = np.sort(routes.experts[routes.valid[:, column], column], -1)
+        share = int(counts.max()) / len(rows) if len(rows) else 0.0
         if routes.num_tokens and not len(rows):
             yield layer, "no valid row: the engine did not capture this layer, or it is dense"
         elif len(rows) >= 16 and bool((rows == rows[0]).all()):
             yield layer, f"constant: every row is {rows[0].tolist()}"
         elif len(rows) >= 16 and share > 0.9 and routes.topk < routes.num_experts // 2:
             yield layer, f"one expert is in {share:.0%} of the rows"
-        if column and len(rows) >= 16 and _same_column(routes, column - 1, column):
+        if previous is not None and len(rows) >= 16 and np.array_equal(rows, previous):
             yield layer, f"equal to layer {routes.layers[column - 1]} in every row"
+        previous = rows
 
 
-def _valid_rows(routes: Routes, column: int) -> Tensor:
-    """``[num_valid, topk]``, ids ascending."""
-    return routes.experts[:, column][routes.mask[:, column]].sort(-1).values
-
-
-def _same_column(routes: Routes, a: int, b: int) -> bool:
-    first, second = _valid_rows(routes, a), _valid_rows(routes, b)
-    return first.shape == second.shape and bool((first == second).all())
-
-
-def _show(out: Any, path: str, routes: Routes) -> int:
-    from r3patch.metrics import expert_load
-
-    rows = routes.num_tokens * routes.num_layers
-    covered = (rows - routes.invalid_rows) / rows if rows else math.nan
+def _show(out: Any, path: str, routes: Selection) -> int:
+    total, valid = routes.valid.size, int(routes.valid.sum())
+    covered = valid / total if total else math.nan
     facts = [
         ("tokens", str(routes.num_tokens)),
-        ("layers", f"{routes.num_layers}: {spans(routes.layers)}"),
+        ("layers", f"{len(routes.layers)}: {spans(routes.layers)}"),
         ("experts", f"top-{routes.topk} of {routes.num_experts}"),
-        ("valid rows", f"{rows - routes.invalid_rows} of {rows} ({covered:.1%})"),
-        ("bad rows", f"{routes.bad_rows} (marked invalid)"),
+        ("valid rows", f"{valid} of {total} ({covered:.1%})"),
     ]
-    out.print(table(plain(path), [], facts if routes.bad_rows else facts[:-1]))
-    load = expert_load(routes)
+    if routes.tokens is not None:
+        facts.append(("token ids", f"{int((routes.tokens >= 0).sum())} of {routes.num_tokens}"))
+    if routes.bad_rows:
+        facts.append(("bad rows", f"{routes.bad_rows} (marked invalid)"))
+    out.print(table(plain(path), [], facts))
     width = max(8, min(routes.num_experts, out.width - 27))
-    rows_ = [
-        (str(layer), heat(counts.tolist(), width), f"{imbalance:.2f}", str(invalid))
-        for layer, counts, imbalance, invalid in zip(
-            load.layers, load.real, load.imbalance, load.invalid.tolist(), strict=True
+    rows = [
+        (str(layer), heat(counts.tolist(), width), f"{_imbalance(counts):.2f}", str(int(invalid)))
+        for layer, counts, invalid in zip(
+            routes.layers, routes.load(), (~routes.valid).sum(0), strict=True
         )
     ]
     title = f"Expert load: expert 0 left, {routes.num_experts - 1} right"
-    out.print(table(title, ["layer", "rows by expert", "max/mean", "invalid"], rows_))
+    out.print(table(title, ["layer", "rows by expert", "max/mean", "invalid"], rows))
     found = list(suspicions(routes))
     for layer, text in found:
         out.print(f"[bold yellow]suspicious[/] layer {layer}")
@@ -162,6 +147,10 @@ def _show(out: Any, path: str, routes: Routes) -> int:
     if not found:
         out.print("No layer is suspicious.")
     return 1 if found else 0
+
+
+def _imbalance(counts: Array) -> float:
+    return float(counts.max() / counts.mean()) if counts.any() else math.nan
 
 
 def heat(counts: list[int], width: int) -> Any:
@@ -183,9 +172,7 @@ def _color(load: float) -> str:
     return next((color for bound, color in bounds if load < bound), "red")
 
 
-def _compare(out: Any, a: Routes, b: Routes) -> int:
-    from r3patch.metrics import route_mismatch
-
+def _compare(out: Any, a: Selection, b: Selection) -> int:
     common = [layer for layer in a.layers if layer in b.layers]
     if set(a.layers) != set(b.layers):
         out.print(f"[yellow]Only layers {spans(common)} are in both.[/]")
@@ -193,32 +180,40 @@ def _compare(out: Any, a: Routes, b: Routes) -> int:
     if a.num_tokens != b.num_tokens:
         short = min(a.num_tokens, b.num_tokens)
         out.print(f"[yellow]{a.num_tokens} and {b.num_tokens} tokens: the first {short} count.[/]")
-        a, b = a[0:short], b[0:short]
-    found = route_mismatch(a, b)
-    rows = [
-        (str(layer), str(rows), percent(mismatch), percent(overlap), _bar(mismatch))
-        for layer, rows, mismatch, overlap in zip(
-            found.layers, found.rows, found.mismatch_by_layer, found.overlap_by_layer, strict=True
-        )
-    ]
+        a, b = a.rows(slice(short)), b.rows(slice(short))
+    found = compare(a, b)
+    rows = []
+    for layer, n, differing, overlap in zip(
+        a.layers, found.rows, found.differing, found.overlaps, strict=True
+    ):
+        mismatch = differing / n if n else math.nan
+        rows.append((str(layer), str(n), percent(mismatch), percent(overlap), _bar(mismatch)))
     out.print(table("Where they differ", ["layer", "rows", "differ", "overlap", ""], rows))
-    out.print(f"{percent(found.mismatch)} of rows differ, overlap {percent(found.overlap)}.")
-    out.print(f"{percent(found.token_mismatch)} of tokens differ in at least one layer.")
-    for text in shifts(a, b, found):
+    whole = percent(sum(found.differing), sum(found.rows))
+    out.print(f"{whole} of rows differ, overlap {percent(found.overlap)}.")
+    part = percent(found.tokens_differing, found.tokens)
+    out.print(f"{part} of tokens differ in at least one layer.")
+    if others := _other_tokens(a, b):
+        out.print(f"[bold yellow]suspicious[/] {others} of {a.num_tokens} token ids are others.")
+    for text in shifts(a, b):
         out.print(f"[bold yellow]suspicious[/] {text}")
-    return 1 if found.rows_differing != (0,) * len(found.rows) else 0
+    return 1 if any(found.differing) or others else 0
 
 
-def shifts(a: Routes, b: Routes, found: RouteMismatch | None = None) -> Iterator[str]:
+def _other_tokens(a: Selection, b: Selection) -> int:
+    if a.tokens is None or b.tokens is None:
+        return 0
+    return int(((a.tokens != b.tokens) & (a.tokens >= 0) & (b.tokens >= 0)).sum())
+
+
+def shifts(a: Selection, b: Selection) -> Iterator[str]:
     """Where two selections look unrelated: whether a shift by layers or tokens explains it."""
-    from r3patch.metrics import route_mismatch, suspicious_overlap
-
-    found = found or route_mismatch(a, b)
+    overlap = compare(a, b).overlap
     bound = suspicious_overlap(a.topk, a.num_experts)
-    if not found.overlap < bound:
+    if not overlap < bound:
         return
     yield (
-        f"overlap {found.overlap:.1%}, where unrelated routes have "
+        f"overlap {overlap:.1%}, where unrelated routes have "
         f"{a.topk / a.num_experts:.1%}: these are not the same tokens, layers and weights."
     )
     for by in (-2, -1, 1, 2):
@@ -230,27 +225,20 @@ def shifts(a: Routes, b: Routes, found: RouteMismatch | None = None) -> Iterator
             yield f"The second is shifted by {by:+d} token(s): then they overlap {overlap:.1%}."
 
 
-def _overlap_by_layer_shift(a: Routes, b: Routes, by: int) -> float:
-    from r3patch.metrics import route_mismatch
-    from r3patch.rows.routes import Routes
-
+def _overlap_by_layer_shift(a: Selection, b: Selection, by: int) -> float:
     layers = sorted(a.layers)
     if abs(by) >= len(layers):
         return math.nan
     ours, theirs = (layers[:-by], layers[by:]) if by > 0 else (layers[-by:], layers[:by])
-    moved = b.select(theirs)
-    renamed = Routes(moved.experts, ours, moved.valid, num_experts=b.num_experts)
-    return route_mismatch(a.select(ours), renamed).overlap
+    return compare(a.select(ours), b.select(theirs)).overlap
 
 
-def _overlap_by_token_shift(a: Routes, b: Routes, by: int) -> float:
-    from r3patch.metrics import route_mismatch
-
+def _overlap_by_token_shift(a: Selection, b: Selection, by: int) -> float:
     n = a.num_tokens
     if abs(by) >= n:
         return math.nan
     ours, theirs = (slice(0, n - by), slice(by, n)) if by > 0 else (slice(-by, n), slice(0, n + by))
-    return route_mismatch(a[ours], b[theirs]).overlap
+    return compare(a.rows(ours), b.rows(theirs)).overlap
 
 
 def _bar(part: float) -> str:

@@ -19,8 +19,14 @@ from r3patch.observe.verdict import Check, Verdict, checks, judged, verdict
 
 if TYPE_CHECKING:
     from r3patch.cli._figures import Figure
+    from r3patch.observe.reader import Session
 
-_MARKS = {True: ("good", "✓", "yes"), False: ("bad", "✗", "no"), None: ("unknown", "-", "unknown")}
+_MARKS = {
+    "good": ("✓", "yes"),
+    "bad": ("✗", "no"),
+    "attention": ("!", "look"),
+    "unknown": ("-", "unknown"),
+}
 _MAX_ROWS = 50
 _MAX_WORST = 8
 _MAX_TEXT = 500
@@ -45,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     finally:  # the verdict is there without matplotlib too
         _print(str(verdict(found)))
         for check in found:
-            _print(f"{_MARKS[check.good][1]} {check.question} {check.answer}")
+            _print(f"{_MARKS[check.kind][0]} {check.question} {check.answer}")
     _print(f"{args.output} written.")
     return 0 if verdict(found).good else 1
 
@@ -85,9 +91,8 @@ def page(history: History, title: str, about: str = "") -> str:
 
 
 def _verdict(found: Verdict) -> str:
-    kind = _MARKS[found.good][0]
     word, reason = escape(found.word), escape(found.reason)
-    return f'<p class="verdict {kind}"><strong>{word}</strong> {reason}</p>'
+    return f'<p class="verdict {found.kind}"><strong>{word}</strong> {reason}</p>'
 
 
 def _body(history: History, found: Sequence[Check]) -> str:
@@ -98,6 +103,7 @@ def _body(history: History, found: Sequence[Check]) -> str:
         "Key figures": _key_figures(history),
         "Is it on?": "",
         "Worst sessions": _worst(history),
+        "Tokens and the alarm": _tokens(history),
         "Figures": _pictures(drawn),
         "MTP routers": _mtp(history),
         "Refusals and errors": _errors(history),
@@ -164,12 +170,13 @@ def _key_figures(history: History) -> str:
 def _checks(found: Sequence[Check], there: Collection[str]) -> str:
     rows = []
     for check in found:
-        kind, mark, word = _MARKS[check.good]
+        mark, word = _MARKS[check.kind]
         # Where there are several phases, the title of a figure ends with the name of its own.
         place = next((title for title in there if title.startswith(check.shown_in)), None)
         link = f'<a href="#{_slug(place)}">{escape(check.shown_in)}</a>' if place else ""
         rows.append(
-            f'<li class="{kind}"><span class="mark" role="img" aria-label="{word}">{mark}</span>'
+            f'<li class="{check.kind}">'
+            f'<span class="mark" role="img" aria-label="{word}">{mark}</span>'
             f"<div><strong>{escape(check.question)}</strong> {escape(check.answer)} {link}</div>"
             "</li>"
         )
@@ -197,6 +204,39 @@ def _worst(history: History) -> str:
     )
     headings = ("session", "router calls that differ", "experts shared", "rows measured")
     return f"<p>{text}</p>{_table(headings, rows, bad=min(bad, len(rows)))}"
+
+
+def _tokens(history: History) -> str:
+    """The sessions whose rows agree least with their tokens, and with the model's own choice."""
+    there = [s for s in history.replays if s.tokens_checked or s.agreement]
+    if not there:
+        return ""
+    found = sorted(there, key=_trouble)
+    rows = []
+    for session in found[:_MAX_WORST]:
+        agreed = session.agreement
+        told = ("-", "-", "-")
+        if agreed is not None:
+            kappa = "too few rows" if agreed.kappa is None else f"{agreed.kappa:.2f}"
+            told = (kappa, f"{agreed.chance:.2f}", f"{agreed.rows:,}")
+        tokens = (f"{session.tokens_checked:,}", f"{session.tokens_wrong:,}")
+        rows.append((str(session), *tokens, *told))
+    headings = ("session", "tokens compared", "of others", "agreement", "chance", "rows")
+    bad = sum(_trouble(session)[:2] < (0.0, True) for session in found)
+    return (
+        f"<p>The {len(rows)} of {plural(len(found), 'session')} that agree least: with the tokens "
+        "that the model got, and by the first rows with Megatron's own choice (1 is equal, 0 as by "
+        "chance).</p>"
+        f"{_table(headings, rows, bad=min(bad, len(rows)))}"
+    )
+
+
+def _trouble(session: Session) -> tuple[float, bool, float]:
+    """Orders sessions, the worst first."""
+    wrong = session.tokens_wrong / max(1, session.tokens_checked)
+    agreed = session.agreement
+    kappa = 1.0 if agreed is None or agreed.kappa is None else agreed.kappa
+    return (-wrong, not (agreed is not None and agreed.alarmed), kappa)
 
 
 def _pictures(drawn: Sequence[Figure]) -> str:
@@ -303,10 +343,12 @@ def _shortened(text: str) -> str:
 
 _STYLE = """
 :root { --ink: #22262b; --soft: #5b636d; --line: #d9dce0; --paper: #fff; --accent: #0b6e99;
-  --good: #2e6b34; --bad: #a4262c; --fair: #edf4ee; --foul: #fbeeee; --on: #fff; }
+  --good: #2e6b34; --bad: #a4262c; --look: #8a5a00; --fair: #edf4ee; --foul: #fbeeee;
+  --odd: #fdf5e3; --on: #fff; }
 @media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e4e6e9; --soft: #a3abb5; --line: #3a4047; --paper: #16191d; --accent: #6fb7d6;
-    --good: #7cc086; --bad: #f08a87; --fair: #1c2a1f; --foul: #331d1f; --on: #16191d; }
+    --good: #7cc086; --bad: #f08a87; --look: #e2b657; --fair: #1c2a1f; --foul: #331d1f;
+    --odd: #2e2714; --on: #16191d; }
   figure img { border-radius: 4px; filter: brightness(.88); }
 }
 * { box-sizing: border-box; }
@@ -323,6 +365,8 @@ h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
 .verdict strong { color: var(--good); }
 .verdict.bad { border-color: var(--bad); background: var(--foul); }
 .verdict.bad strong, tr.bad td:first-child { color: var(--bad); }
+.verdict.attention { border-color: var(--look); background: var(--odd); }
+.verdict.attention strong, .attention strong { color: var(--look); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 0;
   margin: 0; border-top: 1px solid var(--line); border-left: 1px solid var(--line); }
 .tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end;
@@ -339,6 +383,7 @@ h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
   background: var(--soft); }
 .good .mark { background: var(--good); }
 .bad .mark { background: var(--bad); }
+.attention .mark { background: var(--look); }
 .bad strong { color: var(--bad); }
 .checks a { color: var(--soft); font-size: .85rem; font-style: italic; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from r3patch._errors import R3PatchError
 from r3patch.labels.scope import MAIN, MTP
 from r3patch.observe import trace
-from r3patch.observe.stats import COUNTED, RouterStats
+from r3patch.observe.stats import COUNTED, RouterStats, TokenCheck
 
 #: JSON readers of other languages have doubles; a count of rows beyond them is none.
 _MOST = 1 << 53
@@ -24,6 +24,15 @@ class Failure(NamedTuple):
 
     type: str
     text: str
+
+
+class Agreed(NamedTuple):
+    """How far a session's first rows agreed with Megatron's own choice."""
+
+    kappa: float | None  # None: too few rows to say
+    chance: float
+    rows: int
+    alarmed: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Session:
     tokens_measured: int
     tokens_differing: int
     tokens: str | None
+    token_checks: tuple[TokenCheck, ...]
+    agreement: Agreed | None
     seconds: float
     notes: dict[str, float]
     load: dict[int, Load]
@@ -67,6 +78,15 @@ class Session:
     @property
     def main(self) -> list[RouterStats]:
         return [router for router in self.routers if router.scope == MAIN]
+
+    @property
+    def tokens_checked(self) -> int:
+        return sum(check.checked for check in self.token_checks)
+
+    @property
+    def tokens_wrong(self) -> int:
+        """Rows whose token is not the one that the model got."""
+        return sum(check.wrong for check in self.token_checks)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -165,6 +185,9 @@ def parse(record: dict[str, Any]) -> Session:
         tokens_measured=_count(get("tokens_measured"), "tokens_measured"),
         tokens_differing=_count(get("tokens_differing"), "tokens_differing"),
         tokens=None if get("tokens") is None else _text(get("tokens"), "tokens", trace.MAX_TOKENS),
+        # Neither is in traces of r3patch 0.1.
+        token_checks=tuple(map(_token_check, _list(get("token_checks", []), "token_checks"))),
+        agreement=None if get("agreement") is None else _agreed(get("agreement")),
         seconds=sum(
             _number(value, "seconds") for value in _dict(get("seconds"), "seconds").values()
         ),
@@ -208,6 +231,29 @@ def _router(value: Any) -> RouterStats:
     if router.rows_measured and not router.topk:
         raise ValueError("topk is 0")
     return router
+
+
+def _token_check(value: Any) -> TokenCheck:
+    get = _dict(value, "a token check").get
+    checked, wrong = _count(get("checked"), "checked"), _count(get("wrong"), "wrong")
+    if wrong > checked:
+        raise ValueError(f"wrong is {wrong}, more than there are")
+    return TokenCheck(
+        _count(get("chunk"), "chunk"), checked, _text(get("why_not"), "why_not"), wrong
+    )
+
+
+def _agreed(value: Any) -> Agreed:
+    get = _dict(value, "agreement").get
+    kappa, alarmed = get("kappa"), get("alarmed")
+    if not isinstance(alarmed, bool):
+        raise ValueError(f"alarmed is {_short(alarmed)}")
+    return Agreed(
+        None if kappa is None else _number(kappa, "kappa"),
+        _number(get("chance"), "chance"),
+        _count(get("rows"), "rows"),
+        alarmed,
+    )
 
 
 def _load(value: Any) -> dict[int, Load]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from r3patch._errors import ReplayError
@@ -22,6 +22,12 @@ COUNTED = (
     "recompute_rows_measured",
     "recompute_rows_differing",
 )
+
+#: Rows that an `Agreement` takes at the least.
+ENOUGH_ROWS = 64
+#: Below what it alarms: healthy runs are at 0.8 and more, routes of other tokens below 0.5.
+_ALARMING = 0.5
+_SHARED = 0.8
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,56 @@ class TokenCheck:
     checked: int
     why_not: str
     """Why none was; empty if some were."""
+    wrong: int = 0
+    """Of the checked ones: the model got another token than the one of the row."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far some rows agree with Megatron's own choice; sums, which merge over ranks.
+
+    Chance is measured, as what one row's live choice shares with another row's: routers that prefer
+    some experts have far more of it than ``topk / num_experts`` says.
+    """
+
+    rows: int = 0
+    experts: int = 0  # topk of each row
+    shared: int = 0  # of these, those that Megatron would have chosen too,
+    by_chance: int = 0  # and those that it would have chosen for another row
+
+    @property
+    def chance(self) -> float | None:
+        """The overlap of unrelated rows; None where no row was compared."""
+        return self.by_chance / self.experts if self.experts else None
+
+    @property
+    def kappa(self) -> float | None:
+        """``(overlap - chance) / (1 - chance)``, as Cohen's: 1 is equal, 0 is as by chance.
+
+        None where fewer than 64 rows were compared.
+        """
+        return self.above_chance(self.shared / self.experts) if self.experts else None
+
+    def above_chance(self, overlap: float) -> float | None:
+        """The same of another overlap, with the chance of these rows."""
+        if self.chance is None or self.rows < ENOUGH_ROWS:
+            return None
+        return 1.0 if self.chance == 1 else (overlap - self.chance) / (1 - self.chance)
+
+    def alarming(self, overlap: float | None = None) -> bool:
+        """Whether these rows, or others that share so much, hardly are of the model's own choice.
+
+        Where most experts are shared by chance, a few near-ties are much above it: never above
+        four fifths of all.
+        """
+        if not self.experts:
+            return False
+        overlap = self.shared / self.experts if overlap is None else overlap
+        kappa = self.above_chance(overlap)
+        return kappa is not None and kappa < _ALARMING and overlap < _SHARED
+
+    def __add__(self, other: Agreement) -> Agreement:
+        return Agreement(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -93,8 +149,14 @@ class ReplayStats:
     routers: tuple[RouterStats, ...]
     tokens: bytes = b""
     seconds: float = 0.0  # host time of preparing and enqueueing the rows
-    token_checks: tuple[TokenCheck, ...] = ()  # by chunk: which tokens were compared
-    agreement: float | None = None  # of the first rows with Megatron's choice, 0: as by chance
+    token_checks: tuple[TokenCheck, ...] = ()  # by chunk, of every rank: which tokens were compared
+    first_rows: Agreement = Agreement()  # of the session's first rows with Megatron's own choice
+    alarmed: bool = False  # whether that, or what was measured, was less than routes should have
+
+    @property
+    def agreement(self) -> float | None:
+        """`Agreement.kappa` of the first rows: 1 is equal, 0 is as by chance."""
+        return self.first_rows.kappa
 
     @property
     def token_mismatch(self) -> float | None:
@@ -112,9 +174,17 @@ class ReplayStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: numbers, strings and lists, ready for JSON."""
+        agreement = {
+            "kappa": self.agreement,
+            "chance": self.first_rows.chance,
+            "rows": self.first_rows.rows,
+            "alarmed": self.alarmed,
+        }
         return {
             "routers": [router.as_dict() for router in self.routers],
             "token_mismatch": self.token_mismatch,
+            "token_checks": [asdict(check) for check in self.token_checks],
+            "agreement": agreement if self.first_rows.rows else None,
             "seconds": self.seconds,
         }
 
@@ -140,6 +210,11 @@ class ReplayStats:
             "recompute_mismatch": otherwise / again if again else None,
             "mtp_rows_replayed": mtp.rows_replayed,
             "mtp_rows_live": mtp.rows_live,
+            "tokens_checked": sum(check.checked for check in self.token_checks),
+            "tokens_wrong": sum(check.wrong for check in self.token_checks),
+            "agreement": self.agreement,
+            "agreement_chance": self.first_rows.chance,
+            "agreement_rows": self.first_rows.rows,
             "seconds": self.seconds,
         }
         return {f"r3/{k}": math.nan if v is None else float(v) for k, v in found.items()}
@@ -168,6 +243,9 @@ class ReplayStats:
             tuple(routers.values()),
             _merge_tokens(self.tokens, other.tokens, same_tokens=not common),
             self.seconds + other.seconds,
+            self.token_checks + other.token_checks,
+            self.first_rows + other.first_rows,
+            self.alarmed or other.alarmed,
         )
 
 

@@ -79,15 +79,18 @@ def session(
         error: what refused the session or ended it.
     """
     tokens = stats.tokens if stats is not None else b""
+    counted = stats.as_dict() if stats is not None else {}
     return {
         "kind": kind,
         "step": step,
         "name": name,
-        "routers": [router.as_dict() for router in stats.routers] if stats is not None else [],
+        "routers": counted.get("routers", []),
         "tokens_measured": len(tokens) - tokens.count(0),
         "tokens_differing": tokens.count(2),
         "tokens": pack_tokens(tokens),
-        "seconds": {"copy": stats.seconds if stats is not None else 0.0, **(seconds or {})},
+        "token_checks": counted.get("token_checks", []),
+        "agreement": counted.get("agreement"),
+        "seconds": {"copy": counted.get("seconds", 0.0), **(seconds or {})},
         "notes": {} if notes is None else notes,
         "expert_load": None if expert_load is None else _load(expert_load),
         "error": None if error is None else {"type": type(error).__name__, "text": _text(error)},

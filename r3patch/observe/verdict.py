@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from r3patch.labels.scope import MTP
 from r3patch.observe.history import History
@@ -24,6 +25,9 @@ _RECOMPUTE_BOUND = 0.01
 _RECOMPUTE_TIES = 2
 
 
+Kind = Literal["good", "bad", "attention", "unknown"]
+
+
 @dataclass(frozen=True)
 class Check:
     """A question about the run and its answer: True is good, None is unknown, or ``moot``."""
@@ -33,15 +37,26 @@ class Check:
     answer: str
     shown_in: str
     moot: bool = False  # the run has nothing that it asks about
+    sure: bool = True  # False: what is not good may be so on purpose, somebody has to look
+
+    @property
+    def kind(self) -> Kind:
+        if self.good is False:
+            return "bad" if self.sure else "attention"
+        return "good" if self.good else "unknown"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The run in one line: a word, and what is behind it."""
 
-    good: bool
+    kind: Kind
     word: str
     reason: str
+
+    @property
+    def good(self) -> bool:
+        return self.kind == "good"
 
     def __str__(self) -> str:
         return f"{self.word} {self.reason}"
@@ -60,21 +75,26 @@ class Judged:
 
 def verdict(found: Sequence[Check]) -> Verdict:
     """Good where no check is bad and one is good; says why not, or what nobody looked at."""
-    bad = [check for check in found if check.good is False]
+    bad = sorted((check for check in found if check.good is False), key=lambda c: not c.sure)
     if bad:
-        more = f" And {plural(len(bad) - 1, 'more fault')}, below." if len(bad) > 1 else ""
-        return Verdict(False, "Not good.", f"{bad[0].question} {bad[0].answer}{more}")
+        kind, more = bad[0].kind, ""
+        if len(bad) > 1:
+            more = f" And {plural(len(bad) - 1, 'more fault')}, below."
+        word = "Not good." if bad[0].sure else "Attention."
+        return Verdict(kind, word, f"{bad[0].question} {bad[0].answer}{more}")
     unknown = [check.question for check in found if check.good is None and not check.moot]
     if unknown:
-        return Verdict(True, "Good, as far as was looked.", f"Unknown: {' '.join(unknown)}")
-    return Verdict(True, "Good.", "Every session of every rank stands the checks below.")
+        return Verdict("good", "Good, as far as was looked.", f"Unknown: {' '.join(unknown)}")
+    return Verdict("good", "Good.", "Every session of every rank stands the checks below.")
 
 
 def checks(history: History) -> list[Check]:
     """The questions that a reader has, answered from the numbers."""
     return [
         _check_reached(history),
+        _check_tokens(history),
         _check_related(history),
+        _check_alarm(history),
         _check_mtp(history),
         _check_recompute(history),
         _check_errors(history),
@@ -186,6 +206,48 @@ def _check_related(history: History) -> Check:
     if len(history.phases) > 1:
         where += f", {odd[0].session.name}"
     return Check(question, False, text, where)
+
+
+def _check_tokens(history: History) -> Check:
+    question, where = "Do the rows belong to the tokens that the model got?", "Tokens and the alarm"
+    wrong = [session for session in history.replays if session.tokens_wrong]
+    if wrong:
+        worst = max(wrong, key=lambda s: s.tokens_wrong / s.tokens_checked)
+        text = (
+            f"Rows of other tokens at {_sessions(wrong)}. Worst: {worst}, {worst.tokens_wrong:,} "
+            f"of {worst.tokens_checked:,} tokens."
+        )
+        return Check(question, False, text, where)
+    checked = sum(session.tokens_checked for session in history.replays)
+    if not checked:
+        reasons = [check.why_not for s in history.replays for check in s.token_checks]
+        why = f": {Counter(reasons).most_common(1)[0][0]}" if reasons else ""
+        return Check(question, None, f"None was compared{why}.", where, moot=True)
+    some_did = sum(bool(session.tokens_checked) for session in history.replays)
+    text = f"All {checked:,} that were compared, in {some_did} of "
+    return Check(question, True, f"{text}{plural(len(history.replays), 'session')}.", where)
+
+
+def _check_alarm(history: History) -> Check:
+    question, where = "Was the alarm silent?", "Tokens and the alarm"
+    heard = [s for s in history.replays if s.agreement and s.agreement.kappa is not None]
+    rang = [s for s in history.replays if s.agreement and s.agreement.alarmed]
+    if rang:
+        worst = min(rang, key=_kappa)
+        text = (
+            f"It rang at {_sessions(rang)}: the routes hardly are the model's own. Worst: {worst}, "
+            f"{_kappa(worst):.2f} of 1."
+        )
+        return Check(question, False, text, where, sure=False)
+    if not heard:
+        return Check(question, None, "It looked at nothing.", where, moot=True)
+    text = f"The first rows agree with Megatron's choice by {_kappa(min(heard, key=_kappa)):.2f}"
+    return Check(question, True, f"{text} or more, of 1.", where)
+
+
+def _kappa(session: Session) -> float:
+    kappa = None if session.agreement is None else session.agreement.kappa
+    return 1.0 if kappa is None else kappa
 
 
 def _pattern(odd: Sequence[Session], measured: Sequence[Session]) -> tuple[str, str]:

@@ -1,45 +1,15 @@
-"""What callers and engines hand in, as plain tensors and integers that the rest can trust."""
+"""What callers and engines hand in, as plain tensors that the rest can trust."""
 
 from __future__ import annotations
 
 import sys
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-
-
-def integer(
-    value: object, name: str, least: int, most: int | None = None, *, context: str = ""
-) -> int:
-    """The value as an int; RoutesError for a bool, a float, anything else, and out of bounds."""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        number = int(value)
-        if least <= number and (most is None or number <= most):
-            return number
-    bounds = f"{least} or more" if most is None else f"{least} to {most}"
-    raise RoutesError(f"{name} is {value!r}{context}, expected {bounds}, an int.")
-
-
-class ForeignErrors:
-    """Turns any error of a foreign object into a RoutesError: its methods raise what they like.
-
-    A class because a generator's context manager lets StopIteration through where what is raised
-    in its place is a RuntimeError, as RoutesError is.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RoutesError):
-            raise RoutesError(f"{self.what}: {type(error).__name__}: {error}") from error
+from r3patch.rows.plain import ForeignErrors
 
 
 def as_ids(array: Any, what: str) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from r3patch._errors import RoutesError
 from r3patch._layers import Sizes
-from r3patch.rows.arrays import integer, is_numpy
+from r3patch.rows.arrays import is_numpy
 from r3patch.rows.decode import SUSPICIOUS_ZEROS, count_tokens, decode, model_sizes
+from r3patch.rows.plain import integer
 from r3patch.rows.routes import Routes
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,11 @@
-"""What a row must be: sizes, layer numbers, and ids that are distinct and in range."""
+"""What a row must be: ids that are distinct and in range, in the narrowest dtype."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from r3patch._errors import RoutesError
-from r3patch.rows.arrays import ForeignErrors, integer, signed
+from r3patch.rows.arrays import signed
 
 # Rows are checked in blocks of about this many ids: a block and its scratch stay in the cache.
 _BLOCK_IDS = 1 << 18
@@ -17,32 +14,6 @@ _BLOCK_IDS = 1 << 18
 def stored_dtype(num_experts: int) -> torch.dtype:
     """The narrowest dtype that Megatron-side indexing can widen again: uint8, else int16."""
     return torch.uint8 if num_experts <= 256 else torch.int16
-
-
-def check_sizes(topk: int, num_experts: int) -> tuple[int, int]:
-    """Both as ints; RoutesError unless ``1 <= topk <= num_experts <= 32768``."""
-    num_experts = integer(num_experts, "num_experts", 1, 32768)
-    if integer(topk, "topk", 0) not in range(1, num_experts + 1):
-        raise RoutesError(
-            f"topk is {topk} with {num_experts} experts: a row holds topk distinct expert ids."
-        )
-    return int(topk), num_experts
-
-
-def check_layers(layers: Iterable[int]) -> tuple[int, ...]:
-    """The layer numbers as a tuple of ints, all of them unique and 1 or more."""
-    with ForeignErrors("layers is no sequence of Megatron layer numbers"):
-        given = tuple(layers)
-    try:
-        numbers = tuple(integer(number, "a layer", 1) for number in given)
-    except RoutesError:
-        raise RoutesError(
-            f"layers is {given}, expected 1-based Megatron layer numbers (int, 1 or more)."
-        ) from None
-    if len(set(numbers)) != len(numbers):
-        twice = sorted({n for n in numbers if numbers.count(n) > 1})
-        raise RoutesError(f"layers names {twice} more than once.")
-    return numbers
 
 
 def narrow(

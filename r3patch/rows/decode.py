@@ -16,9 +16,10 @@ from torch import Tensor
 
 from r3patch._errors import RoutesError, UnsupportedRoutingError
 from r3patch._layers import Sizes, sizes
-from r3patch.rows.arrays import ForeignErrors, as_tokens, integer, signed
-from r3patch.rows.checks import check_layers, check_sizes, narrow, stored_dtype
+from r3patch.rows.arrays import as_tokens, signed
+from r3patch.rows.checks import narrow, stored_dtype
 from r3patch.rows.payloads import read
+from r3patch.rows.plain import ForeignErrors, check_layers, check_sizes, integer
 from r3patch.rows.routes import Routes
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """The file of ``Routes.save``: safetensors, with a checksum over all that the file means.
 
-Other tools read it without torch and without r3patch; docs/rollout.md has the layout. Files of
-r3patch 0.1, which torch wrote, are read but not written.
+Other tools read it without torch and without r3patch, and so does this; docs/rollout.md has the
+layout. Files of r3patch 0.1, which torch wrote, are read, with torch, and not written.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from r3patch._errors import RoutesError
-from r3patch.rows.arrays import ForeignErrors
+from r3patch.rows.plain import ForeignErrors
 
 FORMAT = "r3patch.Routes"
 _VERSION = "2"
@@ -97,6 +94,13 @@ def _read_safetensors(path: str) -> Contents:
 
 def _read_torch(path: str) -> Contents:
     try:
+        import torch
+    except ImportError as error:
+        raise RoutesError(
+            f"{path} is a zip archive, as r3patch 0.1 wrote by torch.save; only torch reads those. "
+            "Where torch is, Routes.load(path).save(path) writes the format of today."
+        ) from error
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -108,12 +112,12 @@ def _read_torch(path: str) -> Contents:
     with ForeignErrors(f"{path} is damaged"):
         contents = Contents(*(state[name] for name in Contents._fields[:-1]))
         for array in (contents.experts, contents.valid):
-            if isinstance(array, Tensor):
+            if isinstance(array, torch.Tensor):
                 _check_memory(path, array)
     return contents
 
 
-def _check_memory(path: str, tensor: Tensor) -> None:
+def _check_memory(path: str, tensor: Any) -> None:
     """A few bytes can state a shape of any size, and checking its rows would cost that memory."""
     held = tensor.untyped_storage().nbytes()
     if tensor.nbytes > held:

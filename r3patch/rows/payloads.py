@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from r3patch._errors import RoutesError
-from r3patch.rows.arrays import ForeignErrors, as_ids, integer, is_numpy, signed
+from r3patch.rows.arrays import as_ids, is_numpy, signed
+from r3patch.rows.plain import ForeignErrors, integer
 
 _NPY_MAGIC = b"\x93NUMPY"
 _NEMO_MAGIC = "nrlre1:"

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from r3patch._errors import RoutesError
 from r3patch.rows import files
-from r3patch.rows.arrays import as_ids, as_mask, as_tokens, integer, signed
-from r3patch.rows.checks import check_layers, check_sizes, narrow, stored_dtype
+from r3patch.rows.arrays import as_ids, as_mask, as_tokens, signed
+from r3patch.rows.checks import narrow, stored_dtype
+from r3patch.rows.plain import check_layers, check_sizes, integer
 
 logger = logging.getLogger(__name__)
 

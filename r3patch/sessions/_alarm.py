@@ -14,26 +14,26 @@ from typing import Literal
 import torch
 
 from r3patch._errors import ReplayError
+from r3patch.observe.stats import ENOUGH_ROWS, Agreement
 from r3patch.sessions._measure import shared_experts
 
-__all__ = ["ROWS", "Alarm", "AlarmMode"]
+__all__ = ["ENOUGH_ROWS", "Alarm", "AlarmMode"]
 
 logger = logging.getLogger(__name__)
 
 AlarmMode = Literal["warn", "raise", "off"]
 
-ROWS = 64  # per router, and at the least in all
-_BOUND = 0.5  # healthy runs are at 0.8 and more, routes of other tokens below 0.5
-
 
 class Alarm:
     """The agreement of a session's first rows with Megatron's choice, over all routers of a rank.
 
-    kappa = (overlap - chance) / (1 - chance), as Cohen's: 1 is equal, 0 is as by chance.
+    Attributes:
+        rang: whether `ring` found less of it than routes of these tokens have.
     """
 
     def __init__(self, mode: AlarmMode) -> None:
         self.mode: AlarmMode = mode
+        self.rang = False
         self._experts = 0  # topk of each row that was compared, summed
         self._rows = 0
         self._shared: torch.Tensor | int = 0
@@ -41,6 +41,8 @@ class Alarm:
 
     def add(self, ids: torch.Tensor, own: torch.Tensor, num_experts: int) -> None:
         """Compare the experts of some rows ``[n, topk] int64`` with Megatron's choice for them."""
+        if ids.shape[0] < 2:  # there is no other row to measure chance by
+            return
         self._rows += ids.shape[0]
         self._experts += ids.numel()
         self._shared = self._shared + shared_experts(own, ids, num_experts).sum()
@@ -48,13 +50,9 @@ class Alarm:
         other = own.roll(max(1, own.shape[0] // 2), 0)
         self._by_chance = self._by_chance + shared_experts(own, other, num_experts).sum()
 
-    @property
-    def kappa(self) -> float | None:
-        """The agreement; None where fewer than 64 rows were compared. Waits for the device."""
-        if self._rows < ROWS:
-            return None
-        overlap, chance = int(self._shared) / self._experts, int(self._by_chance) / self._experts
-        return 1.0 if chance == 1 else (overlap - chance) / (1 - chance)
+    def agreement(self) -> Agreement:
+        """What was compared so far. Waits for the device."""
+        return Agreement(self._rows, self._experts, int(self._shared), int(self._by_chance))
 
     def ring(self, overlap: float | None = None) -> None:
         """On leaving a session: say so if the routes hardly are this model's.
@@ -65,17 +63,16 @@ class Alarm:
         Raises:
             ReplayError: in mode "raise".
         """
-        kappa = self.kappa if self.mode != "off" else None
-        if kappa is None:
+        if self.mode == "off":
             return
-        if overlap is not None:
-            chance = int(self._by_chance) / self._experts
-            kappa = 1.0 if chance == 1 else (overlap - chance) / (1 - chance)
-        if kappa >= _BOUND:
+        found = self.agreement()
+        kappa = found.kappa if overlap is None else found.above_chance(overlap)
+        if kappa is None or not found.alarming(overlap):
             return
+        self.rang = True
         text = (
             f"the replayed experts agree with Megatron's own choice by {kappa:.2f} (1: equal, 0: "
-            f"as by chance; healthy runs are above 0.8, over {self._rows} rows): they hardly are "
+            f"as by chance; healthy runs are above 0.8, over {found.rows} rows): they hardly are "
             "of these tokens, layers or weights. Look at the order of microbatches and samples "
             "(decode(tokens=...) names it), at moe_layers, and at which weights the engine has. "
             'Where routes are foreign on purpose, pass alarm="off".'

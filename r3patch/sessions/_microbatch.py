@@ -104,10 +104,18 @@ class Microbatch:
         positions = self._parts.get(("gaps", self._gap_keys[column]))
         if positions is None:
             return 0, 0
-        if stop - start == self.num_tokens:
-            return 0, len(positions)
-        first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
-        return first, last
+        return _between(positions, start, stop, self.num_tokens)
+
+    def probes_between(self, column: int, start: int, stop: int) -> tuple[int, int]:
+        """Which of the rows of a layer that the alarm looks at lie in ``start:stop``."""
+        positions = self._parts["probes", self._gap_keys[column]]
+        return _between(positions, start, stop, self.num_tokens)
+
+    @property
+    def num_probes(self) -> int:
+        """Rows of all layers that the alarm looks at."""
+        probes = (self._parts.get(("probes", key)) for key in self._gap_keys)
+        return sum(len(positions) for positions in probes if positions is not None)
 
     def expert_load(self, routes: Routes) -> ExpertLoad:
         """The load of the rollout's rows, and of spread ones as padding; gaps have no ids.
@@ -133,6 +141,14 @@ def _gaps(valid: torch.Tensor | None, num_layers: int) -> Iterator[torch.Tensor 
             positions = (~rows).nonzero().squeeze(1)
             gaps, previous = (positions if len(positions) else None), rows
         yield gaps
+
+
+def _between(positions: torch.Tensor, start: int, stop: int, total: int) -> tuple[int, int]:
+    """Which of ascending positions below ``total`` lie in ``start:stop``, as a slice."""
+    if stop - start == total:
+        return 0, len(positions)
+    first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+    return first, last
 
 
 def _probes(num_tokens: int, gaps: torch.Tensor | None, count: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from r3patch.observe.stats import ReplayStats
 from r3patch.rows.checks import stored_dtype
 from r3patch.rows.routes import Routes
 from r3patch.sessions import _preflight
-from r3patch.sessions._recompute import in_recompute
+from r3patch.sessions._recompute import in_recompute, surroundings
 from r3patch.sessions._session import Chunk, Plan, Session, readable
 from r3patch.sessions._tap import Selection, Tap, TopkCall, unseen
 
@@ -218,6 +218,11 @@ class RecordTap(Tap):
         """See `Tap`."""
         if not in_recompute():
             self.refuse_second_manager()
+        elif surroundings().repeats is None:
+            raise ReplayError(
+                f"{self._router.name}: a call inside backward repeats no checkpointed region that "
+                "is known. A forward pass in a backward hook would not be recorded: run it outside."
+            )
         values, ids = super().select(call)
         if not in_recompute():
             with unseen():

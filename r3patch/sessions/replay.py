@@ -24,7 +24,7 @@ from r3patch.observe.stats import ReplayStats
 from r3patch.rows.fit import Missing, check_fit
 from r3patch.rows.routes import Routes
 from r3patch.sessions import _preflight
-from r3patch.sessions._alarm import ROWS, Alarm, AlarmMode
+from r3patch.sessions._alarm import ENOUGH_ROWS, Alarm, AlarmMode
 from r3patch.sessions._measure import Measure, TokenFigures
 from r3patch.sessions._microbatch import DeviceRows, Microbatch, check_size
 from r3patch.sessions._recompute import CallLog, Surroundings, surroundings
@@ -141,7 +141,8 @@ class ReplaySession(Session):
             self._token_codes(),
             sum(queue.seconds for queue in self._queues),
             token_checks=tuple(queue.tokens.report() for queue in self._queues),
-            agreement=self._alarm.kappa,
+            first_rows=self._alarm.agreement(),
+            alarmed=self._alarm.rang,
         )
 
     def _prepare(self, chunks: list[Chunk]) -> list[Plan]:
@@ -150,8 +151,8 @@ class ReplaySession(Session):
                 chunk,
                 missing=self._missing,
                 figures=self._measure,
-                probes=0 if self._alarm.mode == "off" else ROWS,
-                tokens=TokenWatch(chunk.module, chunk.index, self._tokens),
+                probes=0 if self._alarm.mode == "off" else ENOUGH_ROWS,
+                tokens=TokenWatch(chunk.module, chunk.index, chunk.main, self._tokens),
             )
             for chunk in chunks
         ]
@@ -250,7 +251,7 @@ class MicrobatchQueue:
         self.tokens = tokens
         self._missing: Missing = missing
         self._measure = figures
-        self._probes = probes
+        self._probes, self._probed = probes, 0  # rows that the alarm wants, and has
         config = chunk.main[0].module.config if chunk.main else None
         self._ep_size = int(getattr(config, "expert_model_parallel_size", 1) or 1)
         self._mlp_chunks = _preflight.mlp_chunks(config) if chunk.main else 1
@@ -282,8 +283,9 @@ class MicrobatchQueue:
             routers,
             missing=self._missing,
             ep_size=self._ep_size,
-            probes=0 if self.given else self._probes,
+            probes=0 if self._probed >= self._probes else self._probes,
         )
+        self._probed += microbatch.num_probes
         self.tokens.remember(self.given, routes.tokens)
         self._waiting[self.given] = microbatch
         self.given += 1
@@ -518,10 +520,15 @@ class ReplayTap(Tap):
     def _probe(
         self, call: TopkCall, rows: Rows, ids: torch.Tensor, own: torch.Tensor | None
     ) -> None:
-        """Show the alarm a few rows of the first microbatch."""
+        """Show the alarm a few rows of the first microbatches."""
         there = rows.microbatch.on_device
         probes = None if there is None else there.probes[self._column]
-        if probes is None or not len(probes) or len(ids) < rows.microbatch.num_tokens:
+        if probes is None:
+            return
+        if len(ids) < rows.microbatch.num_tokens:  # a piece for a chunked MLP
+            first, last = rows.microbatch.probes_between(self._column, rows.start, rows.stop)
+            probes = probes[first:last] - rows.start
+        if not len(probes):
             return
         own = call.own_ids(probes) if own is None else own.index_select(0, probes)
         self._alarm.add(ids.index_select(0, probes), own, self._router.num_experts)

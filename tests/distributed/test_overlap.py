@@ -58,7 +58,15 @@ def rank() -> None:
     calls = testing.RoutingCalls(chunks)
     shape, generator = (MICROBATCHES, TOKENS, 2, EXPERTS), torch.Generator().manual_seed(0)
     fed = torch.rand(shape, generator=generator).topk(TOPK).indices
-    with r3patch.replay(chunks, [Routes(ids, (2, 3), num_experts=EXPERTS) for ids in fed]):
+    tokens = [
+        batch["input_ids"].t().flatten()
+        for batch in testing.random_batches(num_microbatches=MICROBATCHES)
+    ]
+    rows = [
+        Routes(ids, (2, 3), num_experts=EXPERTS, tokens=own)
+        for ids, own in zip(fed, tokens, strict=True)
+    ]
+    with r3patch.replay(chunks, rows, tokens="strict", alarm="off") as session:
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(testing.random_batches(num_microbatches=MICROBATCHES)),
@@ -68,6 +76,7 @@ def rank() -> None:
             micro_batch_size=2,
             forward_only=False,
         )
+    assert session.stats.token_checks[0].checked == MICROBATCHES * TOKENS
     for column, layer in enumerate((2, 3)):
         maps = [
             c.routing_map for c in calls if (c.info.scope, c.info.layer_number) == ("main", layer)

@@ -20,13 +20,14 @@ from r3patch import Layout, Routes, testing
 LENGTH, BATCH, MICROBATCHES = 32, 2, 2
 CASES: dict[str, dict[str, int]] = {
     "pp2": {"pipeline": 2},
+    "vpp2": {"pipeline": 2, "virtual_pipeline": 2},  # a layer in each of four chunks
     "tp2_sp": {"tensor": 2},
     "cp2": {"context": 2},
 }
 
 
 def build() -> list[torch.nn.Module]:
-    chunks = testing.tiny_model(num_layers=4, moe_layer_freq=[0, 1, 1, 1], num_moe_experts=16)
+    chunks = testing.tiny_model(num_layers=4, moe_layer_freq=[1, 1, 1, 1], num_moe_experts=16)
     testing.seed_parameters(chunks)
     return [chunk.train() for chunk in chunks]
 
@@ -71,7 +72,7 @@ def test_every_token_is_compared_once(case: str, tmp_path: Path) -> None:
     assert status == 0, output[-6000:]
     checked = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert sum(checked) == MICROBATCHES * BATCH * (LENGTH - 1)
-    assert (0 in checked) == (case == "pp2"), "a later stage embeds nothing"
+    assert (0 in checked) == (case in ("pp2", "vpp2")), "a later stage embeds nothing"
     assert "hardly are of these tokens" not in output
 
 
@@ -90,6 +91,17 @@ def test_rows_of_another_rank_are_told(case: str, text: str, tmp_path: Path) -> 
     assert text in output
 
 
+@pytest.mark.megatron
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_microbatches_in_another_order_are_told_under_virtual_stages(tmp_path: Path) -> None:
+    """The schedule interleaves the passes of the chunks; the one that embeds them says it."""
+    status, output = run(tmp_path, "vpp2", "order")
+    assert status != 0
+    assert "ReplayError: microbatch 0, row 0" in output
+    assert "got the tokens of microbatch 1" in output
+
+
 def rank_main(case: str, fault: str, folder: Path) -> None:
     samples: list[list[Routes]] = torch.load(folder / "rollout.pt", weights_only=False)
     with testing.megatron_on_cpu(**CASES[case]):
@@ -98,6 +110,8 @@ def rank_main(case: str, fault: str, folder: Path) -> None:
         if fault == "rank":
             layout = dataclasses.replace(layout, tp_rank=0, cp_rank=0)
         placed = [layout.place(part) for part in samples]
+        if fault == "order":
+            placed.reverse()
         with r3patch.replay(chunks, placed) as session:
             testing.train_step(chunks, batches())
         checked = sum(check.checked for check in session.stats.token_checks)

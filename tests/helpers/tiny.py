@@ -73,12 +73,25 @@ def layers(model: Any) -> tuple[int, ...]:
     return tuple(info.layer_number or 0 for info in r3patch.routers(model, "main"))
 
 
+class Foreign:
+    """How often routes were made that no model has chosen: the alarm is right to ring for them."""
+
+    made = 0
+
+
 def random_routes(model: Any, seed: int, num_tokens: int = TOKENS) -> Routes:
     """Routes that the model would not choose: distinct random experts per row."""
+    Foreign.made += 1
     noise = torch.rand(
         num_tokens, len(layers(model)), EXPERTS, generator=torch.Generator().manual_seed(seed)
     )
     return Routes(noise.topk(TOPK).indices, layers(model), num_experts=EXPERTS)
+
+
+def with_tokens(routes: Routes, seed: int) -> Routes:
+    """The same routes, which know that they are of `batch`."""
+    tokens = batch(seed)["input_ids"].t().flatten()
+    return Routes(routes.experts, routes.layers, routes.valid, num_experts=EXPERTS, tokens=tokens)
 
 
 def with_gaps(routes: Routes) -> Routes:

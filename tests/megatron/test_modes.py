@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from tiny import FULL
 
@@ -32,6 +33,7 @@ def build(**overrides: Any) -> Any:
 
 
 def foreign(seed: int, layers: tuple[int, ...] = (2, 3)) -> Routes:
+    tiny.Foreign.made += 1
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand(TOKENS, len(layers), EXPERTS, generator=generator).topk(TOPK).indices
     return Routes(ids, layers, num_experts=EXPERTS)
@@ -122,8 +124,13 @@ def test_bf16_ties_with_the_same_set_are_the_same_result() -> None:
     with r3patch.record(model) as recording:
         plain = step()
     shuffled = [
-        Routes(routes.experts.flip(-1), routes.layers, num_experts=EXPERTS)
-        for routes in recording.routes
+        Routes(
+            routes.experts.flip(-1),
+            routes.layers,
+            num_experts=EXPERTS,
+            tokens=batch["input_ids"].t().flatten(),
+        )
+        for routes, batch in zip(recording.routes, batches(), strict=True)
     ]
     with r3patch.replay(model, shuffled, measure=True):
         replayed = step()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tiny import BATCH, EXPERTS, FULL, LENGTH, batch, build, with_tokens
 
 import r3patch
 from r3patch import Routes, _config, cli
@@ -20,7 +21,6 @@ from r3patch.observe.verdict import Check, checks
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
-BATCH, LENGTH = 2, 24
 STEPS = range(3)
 
 
@@ -33,33 +33,16 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Histo
     return lambda: load([base])
 
 
-def build(**overrides: Any) -> Any:
-    from r3patch import testing
-
-    torch.manual_seed(0)
-    (model,) = testing.tiny_model(num_layers=4, moe_layer_freq=[0, 1, 1, 1], **overrides)
-    return model
-
-
-def batch(seed: int) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(64, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
-    return {
-        "input_ids": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "position_ids": torch.arange(LENGTH).expand(BATCH, LENGTH),
-        "attention_mask": torch.triu(torch.ones(1, 1, LENGTH, LENGTH), 1).bool(),
-    }
-
-
 def routes_of(model: torch.nn.Module, seed: int) -> Routes:
     with r3patch.record(model) as recording:
         model(**batch(seed))
-    return recording.routes[0]
+    return with_tokens(recording.routes[0], seed)
 
 
 def shifted(routes: Routes) -> Routes:
     """Each layer with the rows of the layer before it."""
-    return Routes(routes.experts.roll(1, 1), routes.layers, num_experts=routes.num_experts)
+    experts = routes.experts.roll(1, 1)
+    return Routes(experts, routes.layers, num_experts=EXPERTS, tokens=routes.tokens)
 
 
 def train(model: torch.nn.Module, step: int, routes: Routes) -> None:
@@ -75,11 +58,11 @@ def answer(history: History, question: str) -> Check:
 
 def test_a_right_replay_has_only_good_answers(trace: Callable[[], History]) -> None:
     """The model's own routes: mismatch 0 everywhere, recompute equal, MTP left alone."""
-    model = build(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    model = build(num_layers=4, **FULL)
     for step in STEPS:
         train(model, step, routes_of(model, step))
     history = trace()
-    assert [check.good for check in checks(history)] == [True] * 6, checks(history)
+    assert [check.good for check in checks(history)] == [True] * 8, checks(history)
     assert history.layers == [2, 3, 4]
     assert {history.mismatch(layer, step) for layer in (2, 3, 4) for step in STEPS} == {0.0}
     assert history.total("recompute_rows_differing") == 0 < history.total("recompute_calls")
@@ -90,11 +73,12 @@ def test_a_right_replay_has_only_good_answers(trace: Callable[[], History]) -> N
     assert any(sum(loads[2].real) for loads in history.loads.values() if 2 in loads)
 
 
+@pytest.mark.foreign_routes
 def test_a_replay_shifted_by_one_layer_shows_in_mismatch_by_layer_and_step(
     trace: Callable[[], History],
 ) -> None:
     """The heat map is dark in every layer, at every step."""
-    model = build()
+    model = build(num_layers=4)
     for step in STEPS:
         train(model, step, shifted(routes_of(model, step)))
     history = trace()
@@ -103,16 +87,23 @@ def test_a_replay_shifted_by_one_layer_shows_in_mismatch_by_layer_and_step(
     assert check.shown_in == "Mismatch by layer and step"
     assert "At every measured step: columns shifted by a layer" in check.answer
     assert min(history.mismatch(layer, step) for layer in (2, 3, 4) for step in STEPS) > 0.9
+    assert answer(history, "belong to the tokens").good, "tokens cannot tell layers"
+    alarm = answer(history, "the alarm silent")
+    assert (alarm.kind, alarm.answer[:21]) == ("attention", "It rang at steps 0-2:")
 
 
 def test_a_replay_of_stale_rows_shows_in_mismatch_by_layer_and_step(
     trace: Callable[[], History],
 ) -> None:
     """The heat map has one dark column, at the step that replayed the rows of another batch."""
-    model = build()
+    model = build(num_layers=4)
     for step in STEPS:
-        train(model, step, routes_of(model, 0 if step == 2 else step))
+        stale = pytest.raises(r3patch.ReplayError, match="an older batch")
+        with stale if step == 2 else contextlib.nullcontext():
+            train(model, step, routes_of(model, 0 if step == 2 else step))
     history = trace()
+    told = answer(history, "belong to the tokens")
+    assert (told.kind, told.answer[:29]) == ("bad", "Rows of other tokens at step ")
     check = answer(history, "routes those of")
     assert check.good is False
     assert check.shown_in == "Mismatch by layer and step"
@@ -125,7 +116,7 @@ def test_a_session_on_orphaned_routers_shows_in_rows_by_source(
     trace: Callable[[], History],
 ) -> None:
     """A layer that was rebuilt inside the session leaves an orphan: refused, traced, and named."""
-    model, rebuilt = build(), build()
+    model, rebuilt = build(num_layers=4), build(num_layers=4)
     routes = routes_of(model, 0)
 
     def rebuild_and_run() -> None:
@@ -146,7 +137,7 @@ def test_a_session_on_orphaned_routers_shows_in_rows_by_source(
 
 def test_a_refusal_is_traced(trace: Callable[[], History]) -> None:
     """A session that was refused at its entry is in the trace, with its class and its text."""
-    model = build()
+    model = build(num_layers=4)
     routes = routes_of(model, 0)
     with pytest.raises(r3patch.RoutesError), r3patch.replay(model, [routes.select([2])], step=5):
         pass
@@ -161,7 +152,7 @@ def test_the_report_of_a_real_trace_is_written(
 ) -> None:
     """End to end: sessions, trace, page."""
     pytest.importorskip("matplotlib")
-    model = build()
+    model = build(num_layers=4)
     train(model, 0, routes_of(model, 0))
     output = tmp_path / "report.html"
     assert cli.main(["report", str(tmp_path / "run.jsonl"), "-o", str(output)]) == 0
@@ -178,7 +169,7 @@ def test_doctor_builds_a_model_on_this_cpu(
     from types import ModuleType
 
     module = ModuleType("mine")
-    module.build = build  # type: ignore[attr-defined]
+    module.build = lambda: build(num_layers=4)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mine", module)
     assert cli.main(["doctor", "--json", "--model", "mine:build"]) == 0
     routers = json.loads(capsys.readouterr().out)["routers"]
@@ -194,7 +185,7 @@ def test_doctor_finds_the_settings_that_replay_refuses(monkeypatch: pytest.Monke
 
     from r3patch.cli.doctor import examine
 
-    model = build()
+    model = build(num_layers=4)
     router = model.decoder.layers[1].mlp.router
     router.routing_type = "sinkhorn"
     model.config.moe_expert_capacity_factor = 1.5

@@ -241,3 +241,17 @@ def test_a_recompute_by_hand_is_told_what_it_looks_like() -> None:
         r3patch.replay(model, [random_routes(model, 11)]),
     ):
         twice(model)
+
+
+def test_a_forward_inside_backward_is_not_left_out_of_a_recording() -> None:
+    """Of a hook: it would be recorded nowhere, so it is refused."""
+    model = build()
+
+    def run() -> None:
+        with r3patch.record(model):
+            loss = loss_of(model, 1)
+            loss.register_hook(lambda _: loss_of(model, 2) * 0)
+            loss.backward()
+
+    with pytest.raises(r3patch.ReplayError, match="a call inside backward repeats no checkpointed"):
+        run()

@@ -9,6 +9,7 @@ import torch
 from tiny import (
     RECOMPUTE,
     ROUTING,
+    TOKENS,
     Calls,
     assert_close,
     assert_equal,
@@ -17,6 +18,7 @@ from tiny import (
     random_routes,
     shuffled,
     step,
+    with_tokens,
 )
 
 import r3patch
@@ -36,10 +38,12 @@ def test_own_routes_measured_are_equal_to_the_bit(routing: Any, recompute: Any) 
     plain = step(model)
     with r3patch.record(model) as recording:
         assert_equal(step(model), plain)
-    with r3patch.replay(model, map(shuffled, recording.routes), measure=True) as session:
+    rows = [with_tokens(shuffled(r), seed) for seed, r in enumerate(recording.routes, start=1)]
+    with r3patch.replay(model, rows, measure=True, tokens="strict") as session:
         assert_equal(step(model), plain)
     assert session.stats.total("main").mismatch == 0
     assert session.stats.token_mismatch == 0
+    assert session.stats.token_checks[0].checked == 2 * TOKENS
 
 
 @RECOMPUTE
@@ -50,7 +54,8 @@ def test_own_routes_unmeasured(routing: Any, recompute: Any) -> None:
     plain = step(model)
     with r3patch.record(model) as recording:
         step(model)
-    with r3patch.replay(model, map(shuffled, recording.routes), measure=False):
+    rows = [with_tokens(shuffled(r), seed) for seed, r in enumerate(recording.routes, start=1)]
+    with r3patch.replay(model, rows, measure=False, tokens="strict"):
         replayed = step(model)
     (assert_close if recompute else assert_equal)(replayed, plain)
 

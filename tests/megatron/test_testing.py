@@ -105,6 +105,7 @@ def test_every_shape_trains(shape: str) -> None:
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.foreign_routes
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_replays(shape: str) -> None:
     """Foreign routes are what the main maps show; an MTP call is Megatron's own, to the bit."""

@@ -22,6 +22,7 @@ from tiny import (
 
 import r3patch
 from r3patch import Routes
+from r3patch.sessions import _tokens
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
@@ -119,6 +120,7 @@ def test_healthy_sessions_are_silent(
     assert not warnings_of_ours(caplog)
 
 
+@pytest.mark.foreign_routes
 def test_tokens_can_be_ignored() -> None:
     """For trainers that replace input tokens on purpose; the stats say so."""
     model = build()
@@ -155,6 +157,60 @@ def test_a_failed_pass_does_not_shift_the_comparison() -> None:
     assert session.stats.token_checks[0].checked == 2 * BATCH * (LENGTH - 1)
 
 
+def test_ids_are_let_go_when_the_device_has_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a slow device, and its comparisons are kept until it has come so far."""
+    model, seeds = build(mtp_num_layers=None), (1, 2, 3, 4)
+    microbatches = place(samples_of(model, seeds))
+    ready, kept = [False], []
+    monkeypatch.setattr(_tokens._Comparison, "ready", lambda _: ready[0])
+    with r3patch.replay(model, microbatches) as session:
+        for seed in seeds:
+            ready[0] = seed == 3
+            loss_of(model, seed)
+            kept.append(len(session._queues[0].tokens._pending))
+    assert kept == [1, 2, 0, 1]
+    assert session.stats.token_checks[0].checked == len(seeds) * BATCH * (LENGTH - 1)
+
+
+@pytest.mark.foreign_routes
+def test_a_fault_on_a_slow_device_is_told_on_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the ids of its own microbatch, whatever came after it; and counted in the stats."""
+    model = build(mtp_num_layers=None)
+    one, _ = place(samples_of(model))
+    monkeypatch.setattr(_tokens._Comparison, "ready", lambda _: False)
+    session = r3patch.replay(model, [one, one])
+
+    def run() -> None:
+        with session:
+            for seed in (1, 2):
+                loss_of(model, seed)
+
+    with pytest.raises(r3patch.ReplayError, match=r"microbatch 1, row 0: .* an older batch"):
+        run()
+    (check,) = session.stats.token_checks
+    assert (check.checked, check.wrong > 15) == (2 * BATCH * (LENGTH - 1), True)
+
+
+def test_ids_that_are_embedded_twice_are_not_compared() -> None:
+    """A model that embeds something else before its decoder: no false alarm, and a reason."""
+    model = build(mtp_num_layers=None)
+    microbatches = place(samples_of(model))
+
+    def embed_others(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        if not busy:
+            busy.append(True)
+            module(kwargs["input_ids"].flip(0), kwargs["position_ids"])
+            busy.clear()
+
+    busy: list[bool] = []
+    model.embedding.register_forward_hook(embed_others, with_kwargs=True)
+    with r3patch.replay(model, microbatches, tokens="strict") as session:
+        for seed in (1, 2):
+            loss_of(model, seed)
+    (check,) = session.stats.token_checks
+    assert (check.checked, check.why_not[:26]) == (0, "ids are embedded twice bef")
+
+
 # The alarm
 
 
@@ -164,6 +220,7 @@ def shifted_layers(routes: Routes) -> Routes:
     )
 
 
+@pytest.mark.foreign_routes
 @pytest.mark.parametrize("measure", [False, True])
 @pytest.mark.parametrize("recompute", [{}, FULL], ids=["no_recompute", "full"])
 def test_the_alarm_sees_what_tokens_cannot(
@@ -191,3 +248,30 @@ def test_the_alarm_can_raise_and_be_off(caplog: pytest.LogCaptureFixture) -> Non
         loss_of(model, 1)
     assert not warnings_of_ours(caplog)
     assert quiet.stats.agreement is None
+
+
+@pytest.mark.feature("config:mlp_chunks_for_training")
+@pytest.mark.foreign_routes
+@pytest.mark.parametrize("recompute", [{}, FULL], ids=["no_recompute", "full"])
+def test_the_alarm_looks_at_chunked_mlps(recompute: Any) -> None:
+    """Piece by piece: own routes agree, those of other layers do not."""
+    model = build(num_layers=4, mlp_chunks_for_training=5, **recompute)
+    own = place(samples_of(model))
+    for microbatches in (own, [shifted_layers(routes) for routes in own]):
+        with r3patch.replay(model, microbatches, alarm="warn") as session:
+            for seed in (1, 2):
+                loss_of(model, seed).backward()
+        rows = session.stats.first_rows
+        assert rows.rows >= 64
+        assert (rows.kappa == 1) == (not rows.alarming()) == (microbatches is own)
+
+
+def test_the_alarm_waits_for_rows() -> None:
+    """A session that begins with samples without routes is looked at where it has some."""
+    model = build(num_layers=4)
+    one, two = place(samples_of(model))
+    missing = Routes.missing(TOKENS, one.layers, one.topk, 16, tokens=one.tokens)
+    with r3patch.replay(model, [missing, two], alarm="raise") as session:
+        for seed in (1, 2):
+            loss_of(model, seed)
+    assert (session.stats.agreement, session.stats.first_rows.rows) == (1, 3 * 22)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from r3patch import Routes, cli
+from r3patch.cli._selection import Selection
 from r3patch.cli.inspect import suspicions
 
 pytest.importorskip("rich")
@@ -32,6 +33,10 @@ def chosen(seed: int = 0, noise: float = 0.0) -> torch.Tensor:
     shape = (NUM_TOKENS, len(LAYERS), NUM_EXPERTS)
     scores = torch.randn(shape, generator=generator)
     return (scores + noise * torch.randn(shape, generator=generator)).topk(TOPK).indices
+
+
+def selection(experts: torch.Tensor, valid: torch.Tensor | None = None) -> Selection:
+    return Selection.of(Routes(experts, LAYERS, valid, num_experts=NUM_EXPERTS))
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def test_inspect_finds_the_layers_that_no_router_chose() -> None:
     experts[:, 3] = experts[:, 2]
     valid = torch.ones(NUM_TOKENS, len(LAYERS), dtype=torch.bool)
     valid[:, 0] = False
-    found = dict(suspicions(Routes(experts, LAYERS, valid, num_experts=NUM_EXPERTS)))
+    found = dict(suspicions(selection(experts, valid)))
     assert list(found) == [2, 3, 5]
     assert "no valid row" in found[2]
     assert "constant: every row is [0, 1, 2, 3]" in found[3]
@@ -89,7 +94,7 @@ def test_inspect_finds_the_layers_that_no_router_chose() -> None:
     experts = chosen() % (NUM_EXPERTS - 1) + 1
     experts[:, 2] = torch.tensor([0, *range(1, TOPK)]) + torch.arange(NUM_TOKENS)[:, None] % 2
     experts[:, 2, 0] = 0
-    found = dict(suspicions(Routes(_distinct(experts), LAYERS, num_experts=NUM_EXPERTS)))
+    found = dict(suspicions(selection(_distinct(experts))))
     assert list(found) == [4]
     assert "one expert is in 100% of the rows" in found[4]
 

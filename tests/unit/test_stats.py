@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from r3patch import ReplayError, ReplayStats
-from r3patch.observe.stats import COUNTED, RouterStats
+from r3patch.observe.stats import COUNTED, Agreement, RouterStats, TokenCheck
 
 
 def router(layer: int, scope: Any = "main", **counts: Any) -> RouterStats:
@@ -60,6 +60,44 @@ def test_pipeline_stages_saw_the_same_tokens() -> None:
     assert merged.total("mtp").rows_live == 2
 
 
+def test_merging_keeps_token_checks_and_agreement() -> None:
+    """A rank with tokens of others, or an alarm, does not vanish among healthy ones."""
+    healthy = ReplayStats((), token_checks=(TokenCheck(0, 40, ""),), first_rows=agreed(64, 200))
+    wrong = ReplayStats((), b"", 0.0, (TokenCheck(0, 40, "", 30),), agreed(64, 64), alarmed=True)
+    figures = healthy.merge(wrong, healthy).metrics()
+    assert (figures["r3/tokens_checked"], figures["r3/tokens_wrong"]) == (120, 30)
+    assert figures["r3/agreement_rows"] == 192
+    assert healthy.merge(wrong).alarmed
+    assert healthy.agreement == (200 / 256 - 0.25) / 0.75
+    assert wrong.agreement == 0
+
+
+def agreed(rows: int, shared: int) -> Agreement:
+    """Of top-4 rows, a quarter of which is shared by chance."""
+    return Agreement(rows, 4 * rows, shared, rows)
+
+
+@pytest.mark.parametrize(
+    ("found", "kappa"),
+    [(Agreement(), None), (agreed(63, 200), None), (Agreement(64, 256, 200, 256), 1.0)],
+)
+def test_agreement_needs_rows_and_another_choice(found: Agreement, kappa: float | None) -> None:
+    """Fewer than 64 rows say nothing; a router that always chooses the same cannot disagree."""
+    assert found.kappa == kappa
+
+
+@pytest.mark.parametrize(
+    ("shared", "by_chance", "alarming"),
+    [(250, 64, False), (150, 64, True), (64, 64, True), (212, 200, False), (204, 200, True)],
+    ids=["healthy", "foreign in part", "foreign", "near ties", "below four fifths"],
+)
+def test_agreement_alarms_below_half_above_chance(
+    shared: int, by_chance: int, alarming: bool
+) -> None:
+    """But not where nearly all is shared by chance: there a near-tie is half of what is above."""
+    assert Agreement(64, 256, shared, by_chance).alarming() == alarming
+
+
 def test_stages_of_different_ranks_are_refused() -> None:
     """Merging stages that saw different numbers of tokens says in which order to merge."""
     with pytest.raises(ReplayError, match="pipeline stages of each data-parallel rank first"):
@@ -104,6 +142,8 @@ def test_metrics_are_flat_floats_of_stable_names() -> None:
             "overlap",
             "token_mismatch",
             "recompute_mismatch",
+            "agreement",
+            "agreement_chance",
         )
     }
 

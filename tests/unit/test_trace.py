@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -14,15 +13,14 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from traces import some_stats, strict, switch_on
 
 from r3patch import R3PatchError, Routes, _config
 from r3patch.metrics import expert_load, policy_gap
 from r3patch.observe import trace
-from r3patch.observe.stats import ReplayStats, RouterStats
 
 ROOT = Path(__file__).parents[2]
 FORMAT = ROOT / "docs" / "observe.md"
@@ -31,12 +29,7 @@ FORMAT = ROOT / "docs" / "observe.md"
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of rank 0, with the trace switched on."""
-    base = tmp_path / "runs" / "run.jsonl"
-    config = dataclasses.replace(_config.CONFIG, trace=str(base))
-    monkeypatch.setattr(_config, "CONFIG", config)
-    monkeypatch.setattr(trace, "_lost", 0)
-    monkeypatch.setattr(trace, "_full", False)
-    return base.with_name("run.rank0.jsonl")
+    return switch_on(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -49,34 +42,6 @@ def child(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
     return start
-
-
-def strict(line: str | bytes) -> Any:
-    """json.loads as other languages have it: without NaN and Infinity."""
-
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
-
-    return json.loads(line, parse_constant=refuse)
-
-
-def some_stats() -> ReplayStats:
-    main = RouterStats(
-        "decoder.layers.1.mlp.router",
-        0,
-        "main",
-        2,
-        forward_calls=3,
-        recompute_calls=3,
-        rows_replayed=90,
-        rows_live=6,
-        topk=4,
-        rows_measured=90,
-        rows_differing=9,
-        experts_shared=351,
-    )
-    mtp = RouterStats("mtp.layers.0.router", 0, "mtp", 1, forward_calls=3, rows_live=96)
-    return ReplayStats((main, mtp), tokens=bytes([0, 1, 1, 2]), seconds=0.25)
 
 
 def test_nothing_is_written_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +74,8 @@ def test_a_record_holds_what_the_session_did(path: Path) -> None:
     assert (main["mismatch"], main["overlap"]) == (0.1, 351 / 360)
     assert (mtp["scope"], mtp["rows_live"], mtp["mismatch"]) == ("mtp", 96, None)
     assert (record["tokens_measured"], record["tokens_differing"]) == (3, 1)
+    assert record["token_checks"] == [{"chunk": 0, "checked": 30, "why_not": "", "wrong": 2}]
+    assert record["agreement"] == {"kappa": 0.75, "chance": 0.25, "rows": 64, "alarmed": False}
     assert record["seconds"] == {"copy": 0.25}
     assert record["notes"]["mean_abs"] == 0.25
     assert record["expert_load"]["real"] == [[1, 1, 2]]
@@ -118,13 +85,22 @@ def test_a_record_holds_what_the_session_did(path: Path) -> None:
 
 
 def test_every_field_is_in_the_documented_table(path: Path) -> None:
-    """docs/observe.md names the fields of a record and of a router, no more and no fewer."""
+    """docs/observe.md names the fields of a record and of a router, no more and no fewer.
+
+    Those of a token check and of the agreement stand in the line of their field.
+    """
     trace.write(trace.session("replay", stats=some_stats()))
     (record,), _ = trace.read(path)
     tables = re.findall(r"(?:^\|.*\n)+", FORMAT.read_text(), re.MULTILINE)
     documented = [re.findall(r"^\| `(\w+)`", table, re.MULTILINE) for table in tables]
     assert [*record, "dropped", "lost"] in documented
     assert sorted(record["routers"][0]) in [sorted(names) for names in documented]
+    for field, held in (
+        ("token_checks", record["token_checks"][0]),
+        ("agreement", record["agreement"]),
+    ):
+        (line,) = re.findall(rf"^\| `{field}` \|.*", FORMAT.read_text(), re.MULTILINE)
+        assert set(held) <= set(re.findall(r"`(\w+)`", line))
 
 
 def test_a_record_is_one_write_of_a_whole_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

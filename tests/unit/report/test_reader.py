@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from r3patch import R3PatchError, Routes, cli
 from r3patch.metrics import expert_load, policy_gap
 from r3patch.observe import reader
 from r3patch.observe.history import load
+from r3patch.observe.stats import Agreement, TokenCheck
 from r3patch.observe.verdict import checks, verdict
 
 MISSING = object()
@@ -31,7 +33,9 @@ def whole_records(run: Any) -> list[dict[str, Any]]:
     """A replay and a recording with every field that there is."""
     gap = policy_gap(torch.tensor([-1.0]), torch.tensor([-1.25])).as_dict()
     rows = run.rollout(0)
-    both = {"stats": run.stats(0), "notes": gap, "expert_load": expert_load(rows), "name": "train"}
+    told = {"token_checks": (TokenCheck(0, 40, "", 30),), "first_rows": Agreement(64, 256, 99, 40)}
+    stats = dataclasses.replace(run.stats(0), alarmed=True, **told)
+    both = {"stats": stats, "notes": gap, "expert_load": expert_load(rows), "name": "train"}
     run.trace([{"step": 3, **both, "error": ValueError("no")}, {"kind": "record", **both}])
     file = run.base.with_name("run.rank0.jsonl")
     records = [json.loads(line) for line in file.read_text().splitlines()]
