@@ -33,7 +33,7 @@ def test_doctor_is_content_where_every_constructor_is_wrapped(fresh: Callable[..
     assert status == "0"
     assert seen["ok"]
     assert [target["state"] for target in seen["targets"]] == ["installed"] * 3
-    assert [v["value"] for v in seen["environment"]] == ["0", "govern", "auto", "0", "warn", ""]
+    assert [v["value"] for v in seen["environment"]] == ["0", "govern", "auto", "0", "warn", "", "1"]
     assert seen["versions"]["python"]
     assert seen["routers"] is None
 

@@ -21,6 +21,7 @@ def test_defaults() -> None:
         measure=False,
         alarm="warn",
         trace=None,
+        auto=True,
     )
 
 
@@ -28,6 +29,7 @@ def test_defaults() -> None:
     ("name", "value", "field", "expected"),
     [
         ("R3PATCH_DISABLE", "1", "disable", True),
+        ("R3PATCH_AUTO", "0", "auto", False),
         ("R3PATCH_NATIVE", "leave", "native", "leave"),
         ("R3PATCH_BRIDGES", "none", "bridges", ()),
         ("R3PATCH_BRIDGES", "verl,miles", "bridges", ("miles", "verl")),
