@@ -74,8 +74,8 @@ def test_unknown_variables_are_refused() -> None:
         _config.read({"R3PATCH_MESURE": "1", "R3PATCH_DISABLE": "1"})
     assert str(caught.value) == (
         "unknown environment variable R3PATCH_MESURE: r3patch knows R3PATCH_ALARM, "
-        "R3PATCH_BRIDGES, R3PATCH_DISABLE, R3PATCH_MEASURE, R3PATCH_NATIVE, R3PATCH_TRACE. Unset "
-        "it or correct its name."
+        "R3PATCH_AUTO, R3PATCH_BRIDGES, R3PATCH_DISABLE, R3PATCH_MEASURE, R3PATCH_NATIVE, "
+        "R3PATCH_TRACE. Unset it or correct its name."
     )
 
 
