@@ -33,7 +33,8 @@ Data
 
 Environment
     ``R3PATCH_DISABLE``, ``R3PATCH_NATIVE``, ``R3PATCH_BRIDGES``, ``R3PATCH_MEASURE``,
-    ``R3PATCH_ALARM``, ``R3PATCH_TRACE``; any other value or name is an error at import.
+    ``R3PATCH_ALARM``, ``R3PATCH_TRACE``, ``R3PATCH_AUTO``; any other value or name is an error at
+    import.
 
 The import takes neither torch, numpy nor Megatron with it.
 """

@@ -41,6 +41,7 @@ class Config:
     measure: bool
     alarm: Literal["warn", "raise", "off"]
     trace: str | None
+    auto: bool
 
 
 def _one_of(choices: Mapping[str, Any]) -> Callable[[str], Any]:
@@ -122,6 +123,13 @@ TABLE: dict[str, Variable] = {
         "JSON lines, one per session and rank",
         _trace,
     ),
+    "auto": Variable(
+        "R3PATCH_AUTO",
+        "1",
+        "'1' or '0'",
+        "0: a start-up file that `r3patch auto on` has written does nothing",
+        _SWITCH,
+    ),
 }
 
 
@@ -152,7 +160,15 @@ def _value(variable: Variable, environ: Mapping[str, str]) -> Any:
         ) from None
 
 
-CONFIG = read(os.environ)
+try:
+    CONFIG = read(os.environ)
+except ConfigError:
+    # Who imports r3patch may swallow this, as verl does with what its plugins raise. Then whoever
+    # imports Megatron hears it: the import of r3patch is tried again there.
+    from r3patch._startup._r3patch_auto import arm
+
+    arm("r3patch was imported", "do not import r3patch")
+    raise
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from r3patch import _config
 from r3patch.bridges._log import log_once
 from r3patch.bridges._shield import forget
+from r3patch.labels.targets import megatron_found
 
 
 class ManagerTap:
@@ -72,7 +73,10 @@ def disconnect(router: Any) -> None:
 
 def _obstacle(router: Any) -> str | None:
     if not hasattr(router, "router_replay"):
-        return "this Megatron has no extension point for replay (0.16 and newer have it)"
+        return (
+            f"{megatron_found()} has no extension point for replay: looked for the attribute "
+            f"router_replay of {type(router).__qualname__}. The manager's routes are not used"
+        )
     if isinstance(router.router_replay, ManagerTap):
         return "two replay managers are enabled; the first that r3patch finds drives routers"
     return None

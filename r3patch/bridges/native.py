@@ -1,4 +1,4 @@
-"""Megatron's own ``RouterReplay`` (0.16 and newer), which NeMo-RL, SkyRL, AReaL and others drive.
+"""Megatron's own ``RouterReplay`` (0.16 and newer), which NeMo-RL, SkyRL and others drive.
 
 With ``moe_enable_routing_replay`` each router's constructor makes a ``RouterReplay``, which enters
 a global list. An instance of a router in scope "mtp" leaves the list, and the router has none:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from r3patch.bridges._shield import forget, warn_unregistered
@@ -47,11 +46,27 @@ def _exclude(router: Any, manager: ModuleType) -> None:
         router.router_replay = None
     is_patched = getattr(type(router).routing, "__module__", _ROUTER) == MODULE
     if is_patched and not _routes_by_own(router):
-        router.routing = types.MethodType(own_routing(), router)
+        router.routing = OwnRouting(router)
 
 
 def _routes_by_own(router: Any) -> bool:
-    return getattr(vars(router).get("routing"), "__module__", "") == _OWN
+    return isinstance(vars(router).get("routing"), OwnRouting)
+
+
+class OwnRouting:
+    """Megatron's ``routing`` of one router: what a bound method is, and pickles as itself.
+
+    A method would be pickled by its name, and come back as the method of the class: verl's.
+    """
+
+    def __init__(self, router: Any) -> None:
+        self._router, self._routing = router, own_routing()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._routing(self._router, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[OwnRouting], tuple[Any]]:
+        return OwnRouting, (self._router,)
 
 
 def own_routing() -> Any:

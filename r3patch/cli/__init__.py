@@ -1,4 +1,4 @@
-"""The command line: doctor, inspect, report, demo. The only part of the package that prints."""
+"""The command line, a module for each command. The only part of the package that prints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from r3patch._version import version
 #: A command is the module of its name, with ``add_arguments(parser)`` and ``run(args) -> int``.
 COMMANDS = {
     "doctor": "is replay on, and what would keep it off",
+    "auto": "switch r3patch on for every process of this environment that imports Megatron",
+    "run": "run a command whose processes import r3patch with Megatron",
     "inspect": "look into a file of routes, or compare two",
     "report": "is a run good: a verdict and one page from its traces",
     "demo": "train a tiny MoE model with MTP on this CPU, with and without replay",

@@ -16,6 +16,7 @@ from typing import Any
 import r3patch
 from r3patch import _config
 from r3patch._errors import R3PatchError
+from r3patch.cli import _megatron, auto
 from r3patch.labels.model import routers, verify
 from r3patch.labels.scope import MAIN
 from r3patch.labels.targets import TARGETS
@@ -49,11 +50,14 @@ class Finding:
 class Examination:
     """Everything that doctor knows, as plain data."""
 
+    parts: list[dict[str, str]] = field(default_factory=list)
+    """What of r3patch works here. Only labels and bridges have a say in `ok`."""
     versions: dict[str, str | None] = field(default_factory=dict)
     frameworks: dict[str, str] = field(default_factory=dict)
     targets: list[dict[str, str]] = field(default_factory=list)
     environment: list[dict[str, str]] = field(default_factory=list)
     bridges: list[dict[str, str]] = field(default_factory=list)
+    auto: list[dict[str, str]] = field(default_factory=list)
     routers: list[dict[str, Any]] | None = None
     findings: list[Finding] = field(default_factory=list)
 
@@ -64,8 +68,17 @@ class Examination:
     def find(self, level: str, where: str, text: object) -> None:
         self.findings.append(Finding(level, where, str(text)))
 
+    def judge(self, part: str, reason: str, lacking: str = "not here") -> None:
+        state = lacking if reason else "good"
+        self.parts.append({"part": part, "state": state, "reason": reason})
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Exit status 0: labels and bridges work (and the model of --model can be replayed); 1: "
+        "they do not. r3patch's own sessions and r3patch.testing may lack what they need of "
+        "Megatron all the same: they are listed, and --json has them under `parts`."
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--model",
@@ -76,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cpu",
         action="store_true",
-        help="build it on this CPU, with torch.distributed and Megatron set up by r3patch.testing",
+        help="try r3patch.testing, which sets up torch.distributed and Megatron on this CPU, and "
+        "build the model there",
     )
 
 
@@ -93,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def examine(model: str | None = None, *, cpu: bool = False) -> Examination:
     """Look at the process, and at a model where one is named."""
     seen = Examination()
-    _examine_megatron(seen)
+    _import_megatron(seen)
     _examine_versions(seen)
     for name, state, detail in r3patch.status().targets:
         if name.startswith("bridge "):
@@ -117,21 +131,32 @@ def examine(model: str | None = None, *, cpu: bool = False) -> Examination:
                 "effect": variable.effect,
             }
         )
+    _examine_auto(seen)
+    seen.judge("labels and bridges", "" if seen.ok else "see the errors below", "failed")
+    seen.judge("sessions", _megatron.sessions())
+    if cpu:
+        seen.judge("testing", _megatron.testing())
+    else:
+        seen.judge("testing", "--cpu builds a tiny model by it", "not tried")
     if model is not None:
         _examine_model(seen, model, cpu=cpu)
     return seen
 
 
-def _examine_megatron(seen: Examination) -> None:
+def _examine_auto(seen: Examination) -> None:
+    for place in auto.places():
+        if place.state != "off":
+            where, off = str(place.folder), "" if _config.CONFIG.auto else "R3PATCH_AUTO=0 is set"
+            seen.auto.append({"folder": where, "state": place.state, "detail": off or place.detail})
+        if place.state not in ("off", "on"):
+            seen.find("warning", f"r3patch auto in {place.folder}", place.detail)
+
+
+def _import_megatron(seen: Examination) -> None:
     """Import what is patched: a target nobody imported says "pending", which answers nothing."""
     try:
         for module in dict.fromkeys(target.module for target in TARGETS):
             import_module(module)
-        from r3patch.sessions import _preflight
-
-        _preflight.require_extension_point()
-    except R3PatchError as error:
-        seen.find("error", "Megatron", error)
     except Exception as error:  # whatever a broken installation raises is what we are here to say
         seen.find("error", "Megatron", f"cannot be imported: {type(error).__name__}: {error}")
 
@@ -186,6 +211,9 @@ def _examine_model(seen: Examination, spec: str, *, cpu: bool) -> None:
             seen.find(problem.level, f"{problem.name}: {problem.setting}", problem.text)
     except Exception as error:  # a config that is none of Megatron's: a session would fail so too
         seen.find("error", spec, f"its settings cannot be read: {type(error).__name__}: {error}")
+    if infos:
+        for setting, text in _megatron.faults(getattr(infos[0].module, "config", None)):
+            seen.find("warning", setting, text)
 
 
 def _build(spec: str, *, cpu: bool) -> Any:
@@ -213,6 +241,8 @@ def show(seen: Examination) -> None:
     from r3patch.cli._terminal import console, paragraph, plain, table
 
     out = console()
+    parts = [(p["part"], _colored(p["state"]), plain(p["reason"])) for p in seen.parts]
+    out.print(table("What works here", ["part", "state", "reason"], parts))
     versions = [(name, version or "[red]not found[/]") for name, version in seen.versions.items()]
     versions += [(f"[dim]{name}[/]", version) for name, version in seen.frameworks.items()]
     out.print(table("Versions", [], versions))
@@ -227,6 +257,10 @@ def show(seen: Examination) -> None:
     out.print(table("Environment", ["variable", "value", "effect"], settings))
     bridges = [(b["name"], _colored(b["state"]), plain(b["detail"])) for b in seen.bridges]
     out.print(table("Other replay managers", ["manager", "state", "reason"], bridges))
+    places = [(plain(a["folder"]), _colored(a["state"]), plain(a["detail"])) for a in seen.auto]
+    if not places:
+        places = [("[dim]none[/]", "off", "`r3patch auto on` writes one")]
+    out.print(table("Start-up file", ["folder", "state", "detail"], places))
     if seen.routers is not None:
         headings = ["router", "scope", "layer", "MoE #", "is_mtp_layer"]
         rows = [
@@ -240,7 +274,13 @@ def show(seen: Examination) -> None:
             f"[bold {color}]{finding.level}[/] [bold]{plain(finding.where)}[/]", overflow="fold"
         )
         out.print(paragraph(finding.text))
-    if seen.ok:
+    lacking = [part["part"] for part in seen.parts if part["state"] == "not here"]
+    if seen.ok and "sessions" in lacking:
+        out.print(
+            "[bold green]Good[/] for labels and bridges: other replay managers never reach an MTP "
+            "router. [yellow]record and replay are not to be had here[/], see above."
+        )
+    elif seen.ok:
         what = "any router of the model" if seen.routers else "a router; --model looks at yours"
         out.print(f"[bold green]Good.[/] Nothing here keeps replay from {what}.")
     else:
@@ -248,5 +288,12 @@ def show(seen: Examination) -> None:
 
 
 def _colored(state: str) -> str:
-    color = {"installed": "green", "pending": "yellow"}.get(state, "red")
+    colors = {
+        "installed": "green",
+        "good": "green",
+        "on": "green",
+        "not here": "yellow",
+        "not tried": "yellow",
+    }
+    color = {**colors, "pending": "yellow"}.get(state, "red")
     return f"[{color}]{state}[/]"

@@ -253,9 +253,10 @@ def _refuse_failed_targets() -> None:
     failed = [target for target in patch.status() if target.state == "failed"]
     if failed:
         raise UnsupportedMegatronError(
-            "r3patch could not patch "
+            "r3patch is not whole in this process. Failed: "
             + "; ".join(f"{target.name}: {target.detail}" for target in failed)
-            + ". Routers built since may be labelled wrongly or not at all."
+            + ". Routers built since may have a wrong label or none, or stand in the registry of "
+            "another replay manager."
         )
 
 

@@ -23,7 +23,7 @@ import wrapt
 from r3patch import _config
 from r3patch._errors import UnsupportedMegatronError
 from r3patch.labels import scope as scopes
-from r3patch.labels.targets import TARGETS, Target, megatron_version
+from r3patch.labels.targets import TARGETS, Target, megatron_found
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +150,13 @@ def _owner(module: ModuleType, target: Target) -> type:
         todo = "Import r3patch before megatron, or call r3patch.install() after the import."
     elif not isinstance(owner, type):
         found = f"{target.name} is {owner!r}"
-        todo = "megatron-core 0.12 to 0.19 have it; does another patch replace it?"
+        todo = "The stock releases 0.12.3 to 0.19.2 have it; does a fork or a patch replace it?"
     elif "__init__" not in vars(owner):
         found = f"it inherits that of {owner.__mro__[1].__qualname__}"
-        todo = "megatron-core 0.12 to 0.19 have it."
+        todo = "In the stock releases 0.12.3 to 0.19.2 it has its own; is this a fork?"
     else:
         return owner
-    raise UnsupportedMegatronError(
-        f"{looked_for}, but {found} (megatron-core {megatron_version()}). {todo}"
-    )
+    raise UnsupportedMegatronError(f"{looked_for}, but {found} ({megatron_found()}). {todo}")
 
 
 def _is_active() -> bool:

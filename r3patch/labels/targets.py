@@ -56,5 +56,16 @@ TARGETS = (
 
 
 def megatron_version() -> str:
-    """For messages only: what Megatron can do is found by looking, never by version."""
+    """For messages only: what Megatron can do is found by looking, never by version.
+
+    That of the module which this process has imported: the path may hold another distribution, and
+    a source tree none.
+    """
     return str(getattr(sys.modules.get("megatron.core"), "__version__", "of unknown version"))
+
+
+def megatron_found() -> str:
+    """Which Megatron a message speaks of: version and folder."""
+    paths = list(getattr(sys.modules.get("megatron.core"), "__path__", []))
+    where = f" in {paths[0]}" if paths else ""
+    return f"megatron-core {megatron_version()}{where}"

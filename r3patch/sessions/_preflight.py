@@ -23,6 +23,7 @@ from r3patch._errors import ReplayError, UnsupportedMegatronError, UnsupportedRo
 from r3patch.bridges._attach import ManagerTap
 from r3patch.labels.model import Found, MainRouter, RouterInfo
 from r3patch.labels.scope import MAIN
+from r3patch.labels.targets import megatron_found
 from r3patch.sessions._recompute import require_checkpoint_frames
 from r3patch.sessions._tap import Tap
 
@@ -45,14 +46,16 @@ def require_extension_point() -> None:
 
     Raises:
         UnsupportedMegatronError: ``topk_routing_with_score_function`` takes no ``router_replay``
-            (Megatron before 0.16), or torch lacks the autograd introspection that recompute needs.
+            (before 0.16, forks), or torch lacks the autograd introspection that recompute needs.
     """
     topk_function = _topk_function()
     if topk_function is None or "router_replay" not in inspect.signature(topk_function).parameters:
         raise UnsupportedMegatronError(
             "record and replay need the argument `router_replay` of megatron.core.transformer.moe."
-            f"moe_utils.topk_routing_with_score_function; {_megatron_found()} has none. "
-            "megatron-core 0.16 and newer have it; labels work from 0.12."
+            f"moe_utils.topk_routing_with_score_function. {megatron_found()} has "
+            f"{'no such function' if topk_function is None else 'the function, without it'}. The "
+            "stock releases 0.16.1 to 0.19.2 have it, forks of the same version may not. Labels "
+            "and bridges do without."
         )
     missing = [
         name
@@ -351,15 +354,6 @@ def tensor_parallel() -> tuple[int, int]:
         return 1, 0
     size = int(state.get_tensor_model_parallel_world_size())
     return size, int(state.get_tensor_model_parallel_rank())
-
-
-def _megatron_found() -> str:
-    from importlib import metadata
-
-    try:
-        return f"the installed megatron-core {metadata.version('megatron-core')}"
-    except metadata.PackageNotFoundError:
-        return "the Megatron on the path"
 
 
 def refuse(found: list[Problem]) -> None:

@@ -33,7 +33,15 @@ def test_doctor_is_content_where_every_constructor_is_wrapped(fresh: Callable[..
     assert status == "0"
     assert seen["ok"]
     assert [target["state"] for target in seen["targets"]] == ["installed"] * 3
-    assert [v["value"] for v in seen["environment"]] == ["0", "govern", "auto", "0", "warn", ""]
+    assert [v["value"] for v in seen["environment"]] == [
+        "0",
+        "govern",
+        "auto",
+        "0",
+        "warn",
+        "",
+        "1",
+    ]
     assert seen["versions"]["python"]
     assert seen["routers"] is None
 
@@ -62,7 +70,6 @@ json.loads(text.getvalue())
 @pytest.mark.parametrize(
     ("code", "env", "text"),
     [
-        ("del router.topk_routing_with_score_function", {}, "router_replay"),
         ("", {"R3PATCH_DISABLE": "1"}, "R3PATCH_DISABLE=1"),
         ("r3patch.uninstall()", {}, "disabled: uninstalled"),
         ("router.TopKRouter = type('TopKRouter', (), {})", {}, "imported or reloaded past"),
@@ -83,6 +90,59 @@ print(json.dumps([status, json.loads(text.getvalue())["findings"]]))
     status, findings = json.loads(out.strip().splitlines()[-1])
     assert status == 1
     assert any(f["level"] == "error" and text in f["text"] for f in findings), findings
+
+
+def test_doctor_tells_labels_sessions_and_testing_apart(fresh: Callable[..., str]) -> None:
+    """Where only sessions are not to be had, it is good: exit status 0, with the reason."""
+    out = fresh(
+        REPLAYABLE
+        + """
+import contextlib, io, json
+text = io.StringIO()
+with contextlib.redirect_stdout(text):
+    full = cli.main(["doctor", "--json"])
+    before = len(text.getvalue())
+    del router.topk_routing_with_score_function
+    lacking = cli.main(["doctor", "--json"])
+whole = text.getvalue()
+parts = [json.loads(part)["parts"] for part in (whole[:before], whole[before:])]
+print(json.dumps([[full, lacking], *parts]))
+cli.main(["doctor"])
+""",
+        COLUMNS="200",
+    )
+    lines = out.strip().splitlines()
+    (answers,) = (line for line in lines if line.startswith("[[0, 0]"))
+    _, full, lacking = json.loads(answers)
+    assert [p["part"] for p in full] == ["labels and bridges", "sessions", "testing"]
+    assert [p["state"] for p in full] == ["good", "good", "not tried"]
+    assert [p["state"] for p in lacking] == ["good", "not here", "not tried"]
+    assert (
+        "moe_utils.topk_routing_with_score_function. megatron-core 0.19.2 in /"
+        in (lacking[1]["reason"])
+    )
+    assert "has no such function" in lacking[1]["reason"]
+    assert "Good for labels and bridges" in out
+    assert "Not good" not in out
+
+
+def test_doctor_shows_the_start_up_files(fresh: Callable[..., str]) -> None:
+    """Where they are, and a warning if they are another version's."""
+    out = fresh(
+        REPLAYABLE
+        + """
+import json, pathlib
+from r3patch.cli import auto, doctor
+place = auto.Place(pathlib.Path("/site"), "stale", "written by r3patch 1.2.3")
+auto.places = lambda: [place, auto.Place(pathlib.Path("/user"), "off", "")]
+seen = doctor.examine()
+print(json.dumps([seen.ok, seen.auto, [f.text for f in seen.findings]]))
+"""
+    )
+    ok, places, texts = json.loads(out.strip().splitlines()[-1])
+    assert ok
+    assert places == [{"folder": "/site", "state": "stale", "detail": "written by r3patch 1.2.3"}]
+    assert texts == ["written by r3patch 1.2.3"]
 
 
 def test_doctor_lists_the_routers_of_a_model_with_scope_layer_and_ordinal(

@@ -21,6 +21,7 @@ def test_defaults() -> None:
         measure=False,
         alarm="warn",
         trace=None,
+        auto=True,
     )
 
 
@@ -28,6 +29,7 @@ def test_defaults() -> None:
     ("name", "value", "field", "expected"),
     [
         ("R3PATCH_DISABLE", "1", "disable", True),
+        ("R3PATCH_AUTO", "0", "auto", False),
         ("R3PATCH_NATIVE", "leave", "native", "leave"),
         ("R3PATCH_BRIDGES", "none", "bridges", ()),
         ("R3PATCH_BRIDGES", "verl,miles", "bridges", ("miles", "verl")),
@@ -72,8 +74,8 @@ def test_unknown_variables_are_refused() -> None:
         _config.read({"R3PATCH_MESURE": "1", "R3PATCH_DISABLE": "1"})
     assert str(caught.value) == (
         "unknown environment variable R3PATCH_MESURE: r3patch knows R3PATCH_ALARM, "
-        "R3PATCH_BRIDGES, R3PATCH_DISABLE, R3PATCH_MEASURE, R3PATCH_NATIVE, R3PATCH_TRACE. Unset "
-        "it or correct its name."
+        "R3PATCH_AUTO, R3PATCH_BRIDGES, R3PATCH_DISABLE, R3PATCH_MEASURE, R3PATCH_NATIVE, "
+        "R3PATCH_TRACE. Unset it or correct its name."
     )
 
 

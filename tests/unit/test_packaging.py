@@ -85,7 +85,7 @@ def test_every_extra_that_a_text_names_exists() -> None:
 
 
 def test_the_wheel_holds_the_package_its_types_and_its_licence(tmp_path: Path) -> None:
-    """All of r3patch/, py.typed, the licence and the command; nothing of tests or tools."""
+    """All of r3patch/, py.typed, the licence, the command, verl's entry; nothing of tests."""
     with zipfile.ZipFile(built("wheel", tmp_path)) as archive:
         names = set(archive.namelist())
         info = next(name.partition("/")[0] for name in names if ".dist-info/" in name)
@@ -95,6 +95,7 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence(tmp_path: Path) -
     assert "r3patch/py.typed" in package
     assert {name for name in names if not name.startswith(info)} == package
     assert "r3patch = r3patch.cli:main" in commands
+    assert "[verl.plugins]\nr3patch = r3patch\n" in commands
     assert licence == (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in licence
     assert "END OF TERMS AND CONDITIONS" in licence

@@ -23,7 +23,8 @@ FLOOR = {"_errors", "_config", "_version", "_layers"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_errors": set(),
     "_version": set(),
-    "_config": {"_errors"},
+    "_startup": set(),  # copied out of the package, and run without it
+    "_config": {"_errors", "_startup"},
     "_layers": {"_errors"},
     "labels": FLOOR,
     "rows": FLOOR,
@@ -37,7 +38,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"_install", "labels", "rows", "metrics", "observe", "bridges", "sessions", "testing"},
     "__main__": {"cli"},
     "cli": FLOOR
-    | {"__init__", "labels", "rows", "metrics", "observe", "bridges", "sessions", "testing"},
+    | {
+        "__init__",
+        "_startup",
+        "labels",
+        "rows",
+        "metrics",
+        "observe",
+        "bridges",
+        "sessions",
+        "testing",
+    },
 }
 #: The modules, or the rooms, that may import a package at run time, deferred or not.
 IMPORTERS = {
@@ -47,6 +58,7 @@ IMPORTERS = {
 }
 #: The only places that name a module of Megatron's, as an import or as text.
 NAME_MEGATRON = (
+    "_startup",  # what it waits for
     "labels.targets",
     "rows.layout",  # Layout.from_megatron asks parallel_state for this rank
     "bridges",

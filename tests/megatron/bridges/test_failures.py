@@ -80,7 +80,7 @@ def test_verify_refuses_and_says_how_to_go_on(miles: Any, monkeypatch: pytest.Mo
     model = build()
     (failed,) = (t for t in r3patch.status().targets if t.state == "failed")
     assert failed == ("bridge miles", *bridge_status("miles")[1:])
-    expected = r"could not patch bridge miles: TypeError: .*; R3PATCH_BRIDGES can turn the bridge"
+    expected = r"Failed: bridge miles: TypeError: .*; R3PATCH_BRIDGES can turn the bridge"
     with pytest.raises(r3patch.UnsupportedMegatronError, match=expected):
         r3patch.verify(model)
     with _config.override(bridges=()):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import copyreg
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,3 +79,32 @@ def test_full_recompute(verl: Any) -> None:
     with megatrons_routing():
         assert_mtp_is_megatrons_own(calls)
     assert all(router.router_replay.replay_backward_list == [] for router in main(model))
+
+
+def _by_nothing(group: object) -> tuple[type[None], tuple[()]]:
+    """Process groups cannot be copied."""
+    return type(None), ()
+
+
+@pytest.mark.parametrize(
+    "travel", [copy.deepcopy, lambda router: pickle.loads(pickle.dumps(router))]
+)
+def test_a_copied_mtp_router_still_routes_by_megatrons_own_code(
+    verl: Any, travel: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deep-copied or pickled, with the weights of the copy and never by verl's routing."""
+    verl.apply_router_replay_patch()
+    router = mtp(build())
+    monkeypatch.setitem(copyreg.dispatch_table, torch.distributed.ProcessGroup, _by_nothing)
+    copied = travel(router)
+    groups = {n: v for n, v in vars(router).items() if type(v).__name__ == "ProcessGroup"}
+    vars(copied).update(groups)
+    assert copied is not router
+    with torch.no_grad():
+        copied.weight.mul_(-1)
+    hidden = torch.randn(8, 2, router.config.hidden_size)
+    got = copied(hidden)
+    with megatrons_routing():
+        del copied.routing
+        assert all(map(torch.equal, got, copied(hidden)))
+    assert not torch.equal(got[1], router(hidden)[1])
