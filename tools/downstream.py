@@ -59,32 +59,30 @@ def main() -> int:
 
 def run(checkouts: Path, *, governed: bool, only: list[str]) -> list[Answer]:
     """All cells in one process that has r3patch, or has it and does not let it patch anything."""
-    environment = {**os.environ, "R3PATCH_DISABLE": str(int(not governed))}
     answers = []
-    ANSWERS.mkdir(parents=True, exist_ok=True)
-    with (
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(CELLS), str(checkouts), *only],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process,
-        _file(governed=governed).open("w") as file,
-    ):
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(CELLS), str(checkouts), *only],
+        env={**os.environ, "R3PATCH_DISABLE": str(int(not governed))},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            file.write(line)
-            answer = json.loads(line)
-            answers.append(answer)
-            print(title(answer), words([answer]), file=sys.stderr)
+            answers.append(json.loads(line))
+            print(title(answers[-1]), words(answers[-1:]), file=sys.stderr)
     if process.returncode:
         raise SystemExit(f"{CELLS} ended with {process.returncode}")
+    others = [a for a in kept(governed=governed) if only and a["framework"] not in only]
+    ANSWERS.mkdir(parents=True, exist_ok=True)
+    every = sorted([*others, *answers], key=lambda answer: str(answer["framework"]))
+    _file(governed=governed).write_text("".join(json.dumps(a) + "\n" for a in every))
     return answers
 
 
 def kept(*, governed: bool) -> list[Answer]:
-    """The answers of the last run."""
-    return [json.loads(line) for line in _file(governed=governed).read_text().splitlines()]
+    """The last answers of each framework."""
+    file = _file(governed=governed)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _file(*, governed: bool) -> Path:
