@@ -99,7 +99,7 @@ def main() -> int:
     for group, cell in _wanted(options.only, options.checkouts):
         if not options.list and _outcome(group, cell).get("source") != _source():
             print(f"{group}: {cell.what} ...", file=sys.stderr, flush=True)
-            _keep(group, cell, run(cell))
+            _keep(group, cell, run(group, cell))
         outcome = _outcome(group, cell)
         print(f"{group}: {cell.what}: {_words(outcome)}", flush=True)
         if outcome and not outcome["good"]:
@@ -120,7 +120,7 @@ def _wanted(words: list[str], checkouts: Path | None) -> Iterator[tuple[str, Cel
                 yield group, cell
 
 
-def run(cell: Cell) -> Outcome:
+def run(group: str, cell: Cell) -> Outcome:
     """The tests of a cell: what pytest counted, the versions, the date."""
     python = _environment(cell.python)
     path = [str(_unpacked(cell, python))] if cell.overlay else []
@@ -130,7 +130,7 @@ def run(cell: Cell) -> Outcome:
     started = time.monotonic()
     junit = BUILD / "junit.xml"
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-    with (BUILD / f"{_slug(cell.what)}.log").open("w") as log:
+    with (BUILD / f"{group}-{_slug(cell.what)}.log").open("w") as log:
         done = _run(
             [*command, "-m", "not wheel and not browser", *cell.tests],
             path,
@@ -142,17 +142,22 @@ def run(cell: Cell) -> Outcome:
         "source": _source(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "seconds": round(time.monotonic() - started),
-        "versions": versions,
+        "versions": versions + _commit(cell),
         "good": done.returncode == 0,
         "counts": _counts(junit) if junit.exists() else {"errors": 1},
     }
 
 
+#: Megatron's from its files, which a checkout has too: importing it takes seconds.
 _VERSIONS = """
-import platform
+import platform, runpy
 from importlib import metadata
-found = (f"{name} {metadata.version(name)}" for name in ("megatron-core", "torch", "wrapt"))
-print(f"Python {platform.python_version()}", *found, sep=", ")
+from pathlib import Path
+import megatron
+files = (Path(place, "core", "package_info.py") for place in megatron.__path__)
+megatron_core = runpy.run_path(next(file for file in files if file.exists()))["__version__"]
+found = (f"{name} {metadata.version(name)}" for name in ("torch", "wrapt"))
+print(f"Python {platform.python_version()}, megatron-core {megatron_core}", *found, sep=", ")
 """
 
 
@@ -204,6 +209,15 @@ def _unpacked(cell: Cell, python: str) -> Path:
         subprocess.run(command, check=True)
         (folder / "done").touch()
     return folder
+
+
+def _commit(cell: Cell) -> str:
+    """Of a checkout, which is between releases."""
+    if not Path(cell.overlay).is_dir():
+        return ""
+    log = ["git", "-C", cell.overlay, "log", "-1", "--format=%h of %cs"]
+    done = subprocess.run(log, check=True, capture_output=True, text=True)
+    return f", commit {done.stdout.strip()}"
 
 
 def _slug(text: str) -> str:

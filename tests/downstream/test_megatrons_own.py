@@ -32,7 +32,10 @@ def outcomes(megatron: Path, report: Path, *, governed: bool) -> dict[str, str]:
             [str(megatron), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),
         "PYTHONSAFEPATH": "1",
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"},
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
     }
     plugins = ("-p", "megatron_cpu", "-p", "no:cacheprovider")
     subprocess.run(
