@@ -144,7 +144,7 @@ def _rank(function: Callable[[], Any], rank: int, ranks: int, port: int, queue: 
     except Exception as error:
         traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        answer = f"{type(error).__name__} in {place.name}: {str(error) or place.line}"
+        answer = f"{type(error).__name__} in {place.name}" + (f": {error}" if str(error) else "")
     queue.put(pickle.dumps((rank, answer)))
 
 
