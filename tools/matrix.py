@@ -4,8 +4,8 @@
     python tools/matrix.py [--only WORD ...] [--list] [--write PAGE]
 
 A cell is an environment of tools/venv.sh with one other package before it on the path, unpacked in
-build/matrix once. Its outcome, with the date, is kept there too, and is run again when the source
-has changed; a run that was stopped goes on where it was. ``--write`` puts the table of the last
+build/matrix once. Its outcome, with the date, is kept there too, and a cell is run again when it
+failed or the package has changed; a run that was stopped goes on where it was. ``--write`` puts the table of the last
 outcomes between ``<!-- matrix -->`` and ``<!-- /matrix -->``. Exits 1 if a test failed.
 """
 
@@ -97,7 +97,7 @@ def main() -> int:
     options = parser.parse_args()
     failed = []
     for group, cell in _wanted(options.only, options.checkouts):
-        if not options.list and _outcome(group, cell).get("source") != _source():
+        if not (options.list or _stands(_outcome(group, cell))):
             print(f"{group}: {cell.what} ...", file=sys.stderr, flush=True)
             _keep(group, cell, run(group, cell))
         outcome = _outcome(group, cell)
@@ -238,6 +238,11 @@ def _outcome(group: str, cell: Cell) -> Outcome:
     place = _place(group, cell)
     found: Outcome = json.loads(place.read_text()) if place.exists() else {}
     return found
+
+
+def _stands(outcome: Outcome) -> bool:
+    """Whether it need not be run again: it is good, and of the package as it is now."""
+    return bool(outcome) and outcome["good"] and outcome["source"] == _source()
 
 
 def _keep(group: str, cell: Cell, outcome: Outcome) -> None:
