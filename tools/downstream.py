@@ -134,8 +134,8 @@ def _made_by(ran: list[Answer], when: float) -> str:
         f"`make downstream CHECKOUTS=folder`, {date}, megatron-core {version}, on a CPU: three "
         "microbatches, one MTP layer, plain and with full recompute, on one rank and on two "
         "pipeline stages where the framework's code takes MTP there; calls of all of these "
-        "together. miles and slime are written for a Megatron of their own: stock Megatron enters no "
-        "router into their lists."
+        "together. miles and slime are written for a Megatron of their own: stock Megatron enters "
+        "no router into their lists."
     )
 
 

@@ -5,8 +5,9 @@
 
 A cell is an environment of tools/venv.sh with one other package before it on the path, unpacked in
 build/matrix once. Its outcome, with the date, is kept there too, and a cell is run again when it
-failed or the package has changed; a run that was stopped goes on where it was. ``--write`` puts the table of the last
-outcomes between ``<!-- matrix -->`` and ``<!-- /matrix -->``. Exits 1 if a test failed.
+failed or the package has changed; a run that was stopped goes on where it was. ``--write`` puts the
+table of the last outcomes between ``<!-- matrix -->`` and ``<!-- /matrix -->``. Exits 1 if a test
+failed.
 """
 
 from __future__ import annotations
