@@ -129,7 +129,7 @@ def run(group: str, cell: Cell) -> Outcome:
         "\n"
     )[0]
     started = time.monotonic()
-    junit = BUILD / "junit.xml"
+    junit = BUILD / f"{group}-{_slug(cell.what)}.xml"
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
     with (BUILD / f"{group}-{_slug(cell.what)}.log").open("w") as log:
         done = _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -17,14 +18,14 @@ TESTS = (
     "moe/test_router_replay.py",
     "moe/test_router_trace.py",
     "moe/test_routers.py",
-    "test_multi_token_prediction.py",
+    "test_multi_token_prediction.py::TestMultiTokenPredictionLayer",  # the others train for minutes
 )
 
 
 def outcomes(megatron: Path, report: Path, *, governed: bool) -> dict[str, str]:
     """By test: passed, or what it did instead. Most need a GPU, and fail or skip on a CPU."""
     folder = megatron / "tests/unit_tests/transformer"
-    files = [str(folder / name) for name in TESTS if (folder / name).exists()]
+    files = [str(folder / name) for name in TESTS if (folder / name.partition("::")[0]).exists()]
     environment = {
         **os.environ,
         "R3PATCH_DISABLE": str(int(not governed)),
@@ -49,7 +50,8 @@ def outcomes(megatron: Path, report: Path, *, governed: bool) -> dict[str, str]:
     for case in ET.parse(report).iter("testcase"):
         reasons = [child for child in case if child.tag in {"failure", "error", "skipped"}]
         kind = ", ".join(f"{child.tag}: {child.get('message')}" for child in reasons) or "passed"
-        found[f"{case.get('classname')}::{case.get('name')}"] = kind
+        name = f"{case.get('classname')}::{case.get('name')}"
+        found[name] = re.sub(r"0x[0-9a-f]+", "0x...", kind)  # addresses differ in any two runs
     return found
 
 
