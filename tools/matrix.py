@@ -243,7 +243,7 @@ def _outcome(group: str, cell: Cell) -> Outcome:
 
 def _stands(outcome: Outcome) -> bool:
     """Whether it need not be run again: it is good, and of the package as it is now."""
-    return bool(outcome) and outcome["good"] and outcome["source"] == _source()
+    return bool(outcome and outcome["good"] and outcome["source"] == _source())
 
 
 def _keep(group: str, cell: Cell, outcome: Outcome) -> None:

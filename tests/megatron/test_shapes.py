@@ -95,7 +95,7 @@ def test_the_extension_point() -> None:
 def test_a_router_asks_its_extension_point(monkeypatch: pytest.MonkeyPatch) -> None:
     """The top-k function calls ``router.router_replay`` with the arguments that a tap takes."""
     model = build()
-    asked = []
+    asked: list[object] = []
 
     class Tap:
         def get_replay_topk(
