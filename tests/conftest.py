@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import operator
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from importlib import metadata
 
 import pytest
@@ -67,7 +68,7 @@ def _has_features(item: pytest.Item) -> bool:
 
 
 def _has(feature: str) -> bool:
-    """``config:<field of TransformerConfig>`` or ``module:<dotted module>:<attribute>``."""
+    """By the words that pyproject.toml gives for the marker: config, module or takes."""
     kind, _, what = feature.partition(":")
     if kind == "config":
         try:
@@ -75,14 +76,18 @@ def _has(feature: str) -> bool:
         except ImportError:
             return False
         return what in {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert kind == "module", feature
-    module, _, attribute = what.partition(":")
+    assert kind in {"module", "takes"}, feature
+    module, attribute, parameter = f"{what}::".split(":")[:3]
     try:
-        found = importlib.import_module(module)
-        operator.attrgetter(attribute or "__name__")(found)
+        found = operator.attrgetter(attribute or "__name__")(importlib.import_module(module))
     except (ImportError, AttributeError):
         return False
-    return True
+    return kind == "module" or _takes(found, parameter)
+
+
+def _takes(function: Callable[..., object], parameter: str) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == parameter or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -154,16 +154,13 @@ def _megatron_stubs() -> Iterator[None]:
     norm = _module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     mtp = _module("megatron.core.transformer.multi_token_prediction")
     mla = _module("megatron.core.transformer.multi_latent_attention")
-    tracker = {
-        name: getattr(random, name)
-        for name in ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
-    }
     with (
         _replaced(
             random,
             _get_cuda_rng_state=lambda *a, **k: torch.empty(0, dtype=torch.uint8),
             _set_cuda_rng_state=lambda *a, **k: None,
-            **tracker,  # so that they are given back
+            _CUDA_RNG_STATE_TRACKER=None,  # a new one, and the old one is given back
+            _CUDA_RNG_STATE_TRACKER_INITIALIZED=False,
         ),
         _replaced(dispatcher, maybe_move_tensor_to_cpu=_as_numpy),
         # Without Transformer Engine 0.16.1 calls a name that it never bound.
@@ -172,9 +169,11 @@ def _megatron_stubs() -> Iterator[None]:
         _replaced(mla, HAVE_TE=False),
         _replaced(norm, __new__=staticmethod(_torch_norm)),
         _replaced(mtp.MTPLossLoggingHelper, tracker={}),
+        # Without Transformer Engine 0.20 asks isinstance() of a class that is a mock.
+        _replaced(mtp, is_inference_column_parallel_linear=lambda module: False),
         _hybrid_norm(norm),
     ):
-        random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        random.initialize_rng_tracker(inference_rng_tracker=True)
         yield
 
 

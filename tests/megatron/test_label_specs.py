@@ -25,7 +25,12 @@ def test_an_mtp_spec_builds_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     settings = TransformerConfig(
-        num_layers=2, hidden_size=16, num_attention_heads=2, num_moe_experts=4, mtp_num_layers=1
+        num_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_moe_experts=4,
+        mtp_num_layers=1,
+        add_bias_linear=False,  # up to 0.13 MoE refuses it
     )
     built: list[nn.Module] = []
     constructor = nn.Module.__init__

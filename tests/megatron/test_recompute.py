@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import (
-    FULL,
+    FULL_MTP,
     SELECTIVE,
     assert_close,
     build,
@@ -40,7 +40,7 @@ def orders(model: Any, schedule: str) -> None:
                 loss_of(model, seed)
 
 
-@pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective_moe"])
+@pytest.mark.parametrize("recompute", [FULL_MTP, SELECTIVE], ids=["full", "selective_moe"])
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -64,7 +64,7 @@ def test_recompute_in_any_order(recompute: Any, schedule: Any) -> None:
 
 
 @pytest.mark.parametrize("outer_reentrant", [True, False])
-@pytest.mark.parametrize("recompute", [{}, FULL, SELECTIVE], ids=["plain", "full", "selective"])
+@pytest.mark.parametrize("recompute", [{}, FULL_MTP, SELECTIVE], ids=["plain", "full", "selective"])
 def test_the_whole_model_in_a_checkpoint(recompute: Any, outer_reentrant: bool) -> None:
     """A checkpoint of the user's around Megatron's own nests, and gradients are the plain run's."""
 
@@ -91,7 +91,7 @@ def test_the_whole_model_in_a_checkpoint(recompute: Any, outer_reentrant: bool) 
     assert_close(run(True, **recompute), run(False))
 
 
-@pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective_moe"])
+@pytest.mark.parametrize("recompute", [FULL_MTP, SELECTIVE], ids=["full", "selective_moe"])
 def test_backward_in_another_thread(recompute: Any) -> None:
     """Autograd's CUDA workers are threads of their own: state on the tap is visible there."""
     model = build(**recompute)

@@ -11,6 +11,7 @@ from tiny import (
     EXPERTS,
     FULL,
     RECOMPUTE,
+    RECOMPUTES_MTP,
     TOKENS,
     TOPK,
     Calls,
@@ -186,6 +187,7 @@ def test_sinkhorn_is_refused() -> None:
     assert_untouched(model)
 
 
+@RECOMPUTES_MTP
 def test_an_exception_in_the_middle_of_a_step() -> None:
     """The user's exception is the one that is seen, and every router is as it was."""
     model = build(**FULL)
@@ -202,6 +204,7 @@ def test_an_exception_in_the_middle_of_a_step() -> None:
     assert_equal(step(model), step(plain))
 
 
+@RECOMPUTES_MTP
 def test_backward_after_the_session_is_refused_under_recompute() -> None:
     """Recompute after the session would route live in silence: it raises."""
     model = build(**FULL)

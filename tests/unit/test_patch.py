@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-GENERATIONS = ("v012", "v013", "v015", "v017")
+GENERATIONS = ("v012", "v013", "v015", "v017", "v020")
 LABELLED = ["main", "main", "mtp", "mtp"]
 
 ORDERS = {

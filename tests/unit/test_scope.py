@@ -14,7 +14,7 @@ from r3patch.labels import scope as _scope
 
 Fresh = Callable[..., str]
 
-GENERATIONS = ("v012", "v013", "v015", "v017")
+GENERATIONS = ("v012", "v013", "v015", "v017", "v020")
 
 
 def test_the_scope_is_main_unless_one_is_open() -> None:

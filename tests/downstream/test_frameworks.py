@@ -1,0 +1,38 @@
+"""What the frameworks' replay code does to a model with MTP, once r3patch is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
+
+HERE = Path(__file__).parent
+FRAMEWORKS = sorted(path.stem for path in (HERE / "drivers").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def downstream(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """tools/downstream.py, which keeps its answers elsewhere here."""
+    path = HERE.parents[1] / "tools" / "downstream.py"
+    spec = importlib.util.spec_from_file_location("downstream", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.ANSWERS = tmp_path_factory.mktemp("downstream")
+    return module
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_with_r3patch(framework: str, checkouts: Path, downstream: Any) -> None:
+    """Main calls use the rollout's rows, MTP calls are Megatron's own to the bit."""
+    answers = downstream.run(checkouts, governed=True, only=[framework])
+    if "absent" in answers[0]:
+        pytest.skip(f"no clone of {framework}")
+    faults = [answer for answer in answers if downstream.fault(answer)]
+    assert not faults
+    assert all(answer["main"] and answer["mtp"] for answer in answers)
