@@ -19,7 +19,7 @@ COMMANDS = {
     "run": "run a command whose processes import r3patch with Megatron",
     "inspect": "look into a file of routes, or compare two",
     "report": "is a run good: a verdict and one page from its traces",
-    "demo": "train a tiny MoE model with MTP on this CPU, with and without replay",
+    "demo": "train a small MoE model with MTP on this CPU, in four ways, and see what is served",
 }
 #: Which extra brings a package that commands import.
 EXTRAS = {

@@ -61,8 +61,11 @@ def _print(text: str) -> None:
     print(textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False))
 
 
-def page(history: History, title: str, about: str = "") -> str:
-    """The whole page. The policy in its head keeps the browser from asking anyone for anything."""
+def page(history: History, title: str, about: str = "", lead: str = "") -> str:
+    """The whole page, ``lead`` (HTML) first.
+
+    The policy in its head keeps the browser from asking anyone for anything.
+    """
     found = checks(history)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -82,6 +85,7 @@ def page(history: History, title: str, about: str = "") -> str:
 <p class="subtitle">{escape(". ".join(filter(None, (_subtitle(history), about))))}</p>
 </header>
 <main>
+{lead}
 {_verdict(verdict(found))}
 {_body(history, found)}
 </main>

@@ -136,6 +136,18 @@ def test_values_of_different_kinds_are_refused(values: list[torch.Tensor]) -> No
         Layout().place_values(values)
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"cp_size": 2, "cp_rank": 1}, {"packed": False, "seq_length": 8}]
+)
+def test_values_stay_on_their_device(fields: dict[str, Any]) -> None:
+    """Log-probs on a GPU are placed there: of the meta device nothing can come to the host."""
+    values = [torch.zeros(length, 2, device="meta") for length in (5, 3)]
+    placed = Layout(**fields).place_values(values)
+    assert placed.device.type == "meta"
+    ids = [torch.zeros(length, dtype=torch.int64, device="meta") for length in (5, 3)]
+    assert Layout(**fields).place_ids(ids).shape == placed.shape[:1]
+
+
 def test_a_sample_longer_than_the_row_is_refused() -> None:
     """Truncation is the user's decision: place does not drop tokens."""
     with pytest.raises(RoutesError, match="sample 1 has 9 tokens, more than seq_length=8"):
