@@ -151,10 +151,7 @@ def draw(seed: int) -> Case:
     # Megatron's GPT model and selective contexts run one backward for each forward.
     retain = stack and not set("ST") & set(f"{outer}{nest}")
     schedule = _schedule(rng, parts, faults=rng.random() < 0.4, retain=retain)
-    # A chunk whose pass has ended cannot know that a later chunk's failed and both are retried.
-    retried = re.search(r"f\d+!", schedule) is not None
-    splits = stack and len(nest) > 1 and not retried
-    return Case(
+    case = Case(
         seed=seed,
         routing=rng.choice(sorted(ROUTINGS)),
         nest=nest,
@@ -168,8 +165,12 @@ def draw(seed: int) -> Case:
         tokens=rng.choice(["", "check", "strict"]),
         healthy=rng.random() < 0.3,
         ragged=rng.random() < 0.3,
-        split=len(list(leaves(nest[:1]))) if splits and rng.random() < 0.3 else 0,
     )
+    # A chunk whose pass has ended cannot know that a later chunk's failed and both are retried.
+    retried = re.search(r"f\d+!", schedule)
+    if isinstance(nest, tuple) and len(nest) > 1 and not retried and rng.random() < 0.3:
+        case = replace(case, split=len(list(leaves(nest[:1]))))
+    return case
 
 
 def _nest(rng: random.Random, layers: Sequence[int], depth: int = 0) -> tuple[Nest, ...]:
