@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from stack import CHECKPOINTS, ROUTINGS, Nest
+from stack import CHECKPOINTS, ROUTINGS, Nest, leaves
 
 __all__ = ["GPT", "Case", "Move", "draw", "simpler"]
 
@@ -96,6 +96,21 @@ class Case:
     measure: bool
     feed: bool  # each microbatch before its first forward, or all on entry
     threads: str  # "": one; "move", "microbatch": a thread of its own for each, one at a time
+    missing: str = "live"
+    tokens: str = ""  # a mode, the routes with the tokens that the model gets; "": without tokens
+    healthy: bool = False  # the model's own routes but for one token, and alarm="raise"
+    ragged: bool = False  # other gaps in other layers
+    split: int = 0  # layers in the first of two chunks: those of the nest's first part; 0: one
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the session is opened."""
+        return {
+            "measure": self.measure,
+            "missing": self.missing,
+            "tokens": self.tokens or "check",
+            "alarm": "raise" if self.healthy else "warn",
+        }
 
     @property
     def moves(self) -> list[Move]:
@@ -135,17 +150,27 @@ def draw(seed: int) -> Case:
     parts = len(nest) if stack and not outer else 0
     # Megatron's GPT model and selective contexts run one backward for each forward.
     retain = stack and not set("ST") & set(f"{outer}{nest}")
-    return Case(
+    schedule = _schedule(rng, parts, faults=rng.random() < 0.4, retain=retain)
+    case = Case(
         seed=seed,
         routing=rng.choice(sorted(ROUTINGS)),
         nest=nest,
         outer=outer,
-        schedule=_schedule(rng, parts, faults=rng.random() < 0.4, retain=retain),
+        schedule=schedule,
         gaps=rng.choice([0.0, 0.1, 0.1, 0.5, 1.0]),
         measure=rng.random() < 0.4,
         feed=rng.random() < 0.5,
         threads=threads,
+        missing=rng.choice(["live", "live", "spread"]),
+        tokens=rng.choice(["", "check", "strict"]),
+        healthy=rng.random() < 0.3,
+        ragged=rng.random() < 0.3,
     )
+    # A chunk whose pass has ended cannot know that a later chunk's failed and both are retried.
+    retried = re.search(r"f\d+!", schedule)
+    if isinstance(nest, tuple) and len(nest) > 1 and not retried and rng.random() < 0.3:
+        case = replace(case, split=len(list(leaves(nest[:1]))))
+    return case
 
 
 def _nest(rng: random.Random, layers: Sequence[int], depth: int = 0) -> tuple[Nest, ...]:
@@ -234,6 +259,12 @@ def simpler(case: Case) -> list[Case]:
     found += [replace(case, measure=False)] if case.measure else []
     found += [replace(case, gaps=0.0)] if case.gaps else []
     found += [replace(case, feed=False)] if case.feed else []
+    found += [replace(case, missing="live")] if case.missing != "live" else []
+    found += [replace(case, tokens="")] if case.tokens else []
+    found += [replace(case, healthy=False)] if case.healthy else []
+    found += [replace(case, ragged=False)] if case.ragged else []
+    if case.split:  # the nest says where: as it is, or whole
+        return [*[c for c in found if c.schedule], replace(case, split=0)]
     if not isinstance(case.nest, str) and "~" not in case.schedule:
         found += [replace(case, nest=nest) for nest in _opened(case.nest)]
     return [smaller for smaller in found if smaller.schedule and smaller != case]

@@ -33,13 +33,22 @@ from typing import Any
 
 import torch
 from schedules import GPT, LAYERS, Case, Move, draw, simpler
-from stack import CHECKPOINTS, ROUTINGS, Forced, Stack, expect_foreign_routes, leaves, random_routes
+from stack import (
+    CHECKPOINTS,
+    ROUTINGS,
+    Forced,
+    Nest,
+    Stack,
+    expect_foreign_routes,
+    leaves,
+    random_routes,
+)
 
 import r3patch
 from r3patch import Routes, testing
 
-BATCH, LENGTH, EXPERTS, TOPK = 2, 6, 16, 4
-TOKENS = BATCH * LENGTH
+BATCH, LENGTH, EXPERTS, TOPK, VOCABULARY = 2, 14, 16, 4, 64
+TOKENS = BATCH * LENGTH  # with all layers, and 10 % gaps, enough for the alarm
 Gradients = dict[str, torch.Tensor]
 Replay = Callable[..., contextlib.AbstractContextManager[Any]]
 
@@ -58,28 +67,66 @@ class Outcome:
 # Two kinds of model, one way to run them.
 
 
-class Model:
-    """A model with what the harness needs of it: a loss by microbatch, and its main routers."""
+class Embedded(Stack):
+    """A stack with an embedding, as a first pipeline chunk: ``[b, s] -> [s, b, hidden]``."""
 
-    def __init__(self, routing: str, gpt: str | None) -> None:
-        self.routing = routing
-        self.module = Stack(routing, LAYERS) if gpt is None else _gpt(routing, GPT[gpt])
-        infos = r3patch.routers(self.module, "main")
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        weights = torch.randn(
+            VOCABULARY, self.config.hidden_size, generator=torch.Generator().manual_seed(0)
+        )
+        self.embedding = torch.nn.Embedding.from_pretrained(weights, freeze=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.embedding(ids).transpose(0, 1).contiguous())
+
+
+class Model:
+    """The chunks of a model with what the harness needs of them: a loss, and the main routers."""
+
+    def __init__(self, routing: str, gpt: str | None, split: int) -> None:
+        self.routing, self.split = routing, split
+        self.chunks: list[torch.nn.Module]
+        if gpt is not None:
+            self.chunks = [_gpt(routing, GPT[gpt])]
+        elif not split:
+            self.chunks = [Embedded(routing, LAYERS)]
+        else:
+            rest = Stack(routing, LAYERS - split, first=split + 1, total=LAYERS)
+            self.chunks = [Embedded(routing, split, total=LAYERS), rest]
+        infos = r3patch.routers(self.chunks, "main")
         self.routers = [info.module for info in infos]
         self.layers = tuple(router.layer_number for router in self.routers)
 
+    @property
+    def given(self) -> Any:
+        """What a session is opened on."""
+        return self.chunks if self.split else self.chunks[0]
+
+    def arrange(self, nest: tuple[Nest, ...]) -> None:
+        """Put checkpoints around the layers; the first part of the nest is the first chunk's."""
+        first, *others = self.chunks
+        assert isinstance(first, Stack)
+        first.nest = nest[:1] if others else nest
+        for other in others:
+            assert isinstance(other, Stack)
+            other.nest = tuple(_moved(part, self.split) for part in nest[1:])
+
     def loss(self, seed: int, outer: str = "", tail: int | None = None) -> torch.Tensor:
         """The loss of the microbatch of a seed."""
-        if not isinstance(self.module, Stack):
-            batch, one = _batch(seed), torch.ones((), requires_grad=True)
-            out = self._call(lambda x: self.module(**batch) * x, one, outer)
+        one = torch.ones((), requires_grad=True)  # a reentrant checkpoint wants such an input
+        if not isinstance(self.chunks[0], Stack):
+            batch = _batch(seed)
+            out = self._call(lambda x: self.chunks[0](**batch) * x, one, outer)
             return out.float().mean()
-        x, target = _tensors(seed, self.module.config.hidden_size)
-        out = self._call(self.module, x.clone().requires_grad_(bool(outer)), outer)
-        if tail is not None:
-            out = self.module.hidden[tail]
-        self.module.hidden = []
-        return (out * target).mean()
+        ids, target = _tensors(seed, self.chunks[0].config.hidden_size)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return functools.reduce(lambda y, chunk: chunk(y), self.chunks, ids) * x
+
+        out = self._call(forward, one, outer)
+        hidden = [part for chunk in self.chunks for part in _take_hidden(chunk)]
+        return ((out if tail is None else hidden[tail]) * target).mean()
 
     @staticmethod
     def _call(model: Callable[..., torch.Tensor], x: torch.Tensor, outer: str) -> torch.Tensor:
@@ -87,18 +134,35 @@ class Model:
 
     def take_gradients(self) -> Gradients:
         """The gradients since the last call, which are gone then."""
-        named = dict(self.module.named_parameters())
+        named = {
+            f"{index}.{name}": parameter
+            for index, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.named_parameters()
+        }
         found = {name: p.grad for name, p in named.items() if p.grad is not None}
         for parameter in named.values():
             parameter.grad = None
         return found
 
 
+def _take_hidden(chunk: Any) -> list[torch.Tensor]:
+    hidden, chunk.hidden = chunk.hidden, []
+    return hidden  # type: ignore[no-any-return]
+
+
+def _moved(part: Nest, by: int) -> Nest:
+    """The same nest, its layers counted from another one on."""
+    if isinstance(part, int):
+        return part - by
+    return part[0], tuple(_moved(inner, by) for inner in part[1])
+
+
 @functools.lru_cache(64)  # made before the run: not inside somebody's selective context
 def _tensors(seed: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids ``[b, s]``, and what the output is multiplied with."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(LENGTH, BATCH, hidden, generator=generator)
-    return x, torch.randn(x.shape, generator=generator)
+    ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
+    return ids, torch.randn(LENGTH, BATCH, hidden, generator=generator)
 
 
 @functools.lru_cache(64)
@@ -124,13 +188,56 @@ def _gpt(routing: str, recompute: dict[str, Any]) -> torch.nn.Module:
 
 
 @functools.cache
-def _plain(routing: str, *, gpt: bool) -> Model:
-    return Model(routing, "plain" if gpt else None)
+def _plain(routing: str, split: int, *, gpt: bool) -> Model:
+    return Model(routing, "plain" if gpt else None, split)
 
 
 @functools.cache
-def _model(routing: str, gpt: str | None) -> Model:
-    return Model(routing, gpt)  # with the weights of the plain one
+def _model(routing: str, gpt: str | None, split: int) -> Model:
+    return Model(routing, gpt, split)  # with the weights of the plain one
+
+
+def _model_of(case: Case) -> Model:
+    return _model(case.routing, case.nest if isinstance(case.nest, str) else None, case.split)
+
+
+# What is given.
+
+
+def rollout(case: Case, number: int) -> Routes:
+    """The routes of a microbatch, as an engine's: columns in any order, gaps, tokens."""
+    layers, seed = range(1, LAYERS + 1), _seed(case, number)
+    draw_rows = functools.partial(
+        random_routes, layers, TOKENS, experts=EXPERTS, topk=TOPK, seed=seed
+    )
+    ids, valid = draw_rows().experts, draw_rows(gaps=case.gaps).mask
+    if case.healthy:  # the model's own, but for one token
+        maps = wanted(case, number, None).maps
+        own = [each.nonzero()[:, 1].view(TOKENS, TOPK) for each in maps]
+        ids = torch.cat([ids[:1], torch.stack(own, 1)[1:].flip(2)])
+    if case.ragged:
+        valid = torch.stack([valid[:, i].roll(i) for i in range(LAYERS)], 1)
+    tokens = None
+    if case.tokens:
+        stack = not isinstance(case.nest, str)
+        embedded = _tensors(seed, 1)[0] if stack else _batch(seed)["input_ids"]
+        tokens = embedded.t().flatten()
+    return Routes(ids, layers, valid, num_experts=EXPERTS, tokens=tokens)
+
+
+def forced(case: Case, rows: Routes) -> Routes:
+    """The rows that the routers must take: those without routes filled, where the case wants so."""
+    if case.missing == "live":
+        return rows
+    ids = rows.experts.long()
+    for column in range(LAYERS):
+        missing = (~rows.mask[:, column]).nonzero()[:, 0]
+        # Whole rows in turn, from where the layer before in the same chunk would have ended.
+        in_chunk = column - case.split if case.split and column >= case.split else column
+        first = in_chunk * len(missing) * TOPK
+        fill = torch.arange(first, first + len(missing) * TOPK) % EXPERTS
+        ids[missing, column] = fill.view(-1, TOPK)
+    return Routes(ids, rows.layers, num_experts=EXPERTS)
 
 
 # What is wanted.
@@ -145,7 +252,7 @@ class Wanted:
 
 def wanted(case: Case, number: int, rows: Routes | None) -> Wanted:
     """Maps and gradients of one microbatch, run plainly. Without rows: routed live."""
-    model = _plain(case.routing, gpt=isinstance(case.nest, str))
+    model = _plain(case.routing, case.split, gpt=isinstance(case.nest, str))
     runs = [m for m in case.moves if (m.kind, m.microbatch) == ("f", number) and not m.place]
     tail = runs[0].tail if runs else None
     if tail is not None and not isinstance(case.nest, str):
@@ -178,7 +285,7 @@ class Run:
 
     def __init__(self, case: Case, rows: list[Routes], want: list[Wanted], session: Any) -> None:
         self.case, self.rows, self.want, self.session = case, rows, want, session
-        self.model = _model(case.routing, case.nest if isinstance(case.nest, str) else None)
+        self.model = _model_of(case)
         self.losses: dict[int, torch.Tensor] = {}
         self.fed: set[int] = set()
         self.current: dict[int, int] = {}  # by thread: the microbatch of its move
@@ -267,7 +374,8 @@ class Run:
     def _forward(self, number: int, tail: int | None = None) -> torch.Tensor:
         if self.case.feed and number not in self.fed:
             self.fed.add(number)
-            self.session.feed(self.rows[number])
+            for chunk in self.model.chunks:
+                self.session.feed(self.rows[number], chunk)
         return self.model.loss(_seed(self.case, number), self.case.outer, tail)
 
     def _evaluate(self, number: int) -> None:
@@ -327,31 +435,23 @@ def judge(case: Case, replay: Replay = r3patch.replay) -> Outcome:
         case: the case.
         replay: what is tested, called as `r3patch.replay` is.
     """
-    rows = [
-        random_routes(
-            range(1, LAYERS + 1),
-            TOKENS,
-            experts=EXPERTS,
-            topk=TOPK,
-            seed=_seed(case, number),
-            gaps=case.gaps,
-        )
-        for number in range(case.microbatches)
-    ]
-    want = [wanted(case, number, rows[number]) for number in range(case.microbatches)]
+    rows = [rollout(case, number) for number in range(case.microbatches)]
+    want = [wanted(case, number, forced(case, each)) for number, each in enumerate(rows)]
     if any(microbatch.near_tie for microbatch in want):
         return Outcome("void", "a near-tie of the model's own choice")
     outcome = _run(case, rows, want, replay)
     if outcome.kind in ("wrong", "broken"):
         live = [wanted(case, number, None) for number in range(case.microbatches)]
-        stock = _run(case, rows, live, _no_replay)
-        if stock.kind != "exact" and stock.move <= outcome.move:
-            return Outcome("void", f"so without r3patch: {stock.kind}, {stock.text}")
+        # Two backwards at once race for what Megatron's dispatchers keep: not each run shows it.
+        for _ in range(8 if "|" in case.schedule else 1):
+            stock = _run(case, rows, live, _no_replay)
+            if stock.kind != "exact" and stock.move <= outcome.move:
+                return Outcome("void", f"so without r3patch: {stock.kind}, {stock.text}")
     return outcome
 
 
 class _NoReplay:
-    def feed(self, routes: Routes) -> None: ...
+    def feed(self, routes: Routes, chunk: Any) -> None: ...
 
 
 def _no_replay(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[_NoReplay]:
@@ -359,15 +459,14 @@ def _no_replay(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[_
 
 
 def _run(case: Case, rows: list[Routes], want: list[Wanted], replay: Replay) -> Outcome:
-    model = _model(case.routing, case.nest if isinstance(case.nest, str) else None)
-    if isinstance(model.module, Stack):
-        assert not isinstance(case.nest, str)
-        model.module.nest = case.nest
+    model = _model_of(case)
+    if not isinstance(case.nest, str):
+        model.arrange(case.nest)
     taps = [router.router_replay for router in model.routers]
     word, outcome, number = "on entry", Outcome("exact"), -1
     try:
         given = [] if case.feed else rows
-        with replay(model.module, given, measure=case.measure) as session:
+        with replay(model.given, given, **case.options) as session:
             run = Run(case, rows, want, session)
             with run.watching():
                 for number, (word, move) in enumerate(

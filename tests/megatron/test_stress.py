@@ -70,6 +70,49 @@ def test_it_notices_rows_of_another_microbatch(stress: ModuleType) -> None:
     assert (outcome.kind, outcome.move) == ("wrong", 0)
 
 
+def test_it_notices_rows_of_other_tokens(stress: ModuleType) -> None:
+    """Routes carry the tokens that the model gets: exchanged microbatches are refused at once."""
+
+    def crooked(model: Any, rows: list[Routes], **options: Any) -> Any:
+        return r3patch.replay(model, rows[::-1], **options)
+
+    outcome = stress.judge(case(stress, tokens="strict"), crooked)
+    assert (outcome.kind, outcome.move) == ("refused", 0)
+    assert "token" in outcome.text
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_it_compares_tokens_and_the_models_own_routes(stress: ModuleType, split: int) -> None:
+    """A healthy case under alarm="raise" is one that the alarm looks at, with gaps too."""
+    sessions = []
+
+    def watched(model: Any, rows: list[Routes], **options: Any) -> Any:
+        assert options["alarm"] == "raise"
+        sessions.append(r3patch.replay(model, rows, **options))
+        return sessions[-1]
+
+    healthy = case(
+        stress, tokens="check", healthy=True, gaps=0.1, ragged=True, split=split, nest=(0, 1, 2)
+    )
+    assert stress.judge(healthy, watched).kind == "exact"
+    (session,) = sessions
+    assert session.stats.agreement is not None
+    assert session.stats.agreement > 0.8
+    assert session.stats.token_checks[0].checked > 0
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_it_notices_rows_that_are_not_spread(stress: ModuleType, split: int) -> None:
+    """What stands in rows without routes is computed by the harness itself, chunk by chunk."""
+
+    def live(model: Any, rows: list[Routes], **options: Any) -> Any:
+        return r3patch.replay(model, rows, **{**options, "missing": "live"})
+
+    spread = case(stress, missing="spread", gaps=0.5, ragged=True, split=split, nest=(0, 1, 2))
+    assert stress.judge(spread).kind == "exact"
+    assert stress.judge(spread, live).kind == "wrong"
+
+
 def test_it_notices_a_wrong_recompute(stress: ModuleType) -> None:
     """Rows that change between forward and recompute give a wrong backward, not a wrong forward."""
 
