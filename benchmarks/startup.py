@@ -27,8 +27,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
         for environment in (plain, armed):
             venv.create(environment, symlinks=True)
         (site,) = armed.glob("lib/python*/site-packages")
-        for name, text in auto.files().items():
-            (site / name).write_text(text, encoding="utf-8")
+        auto._write(site)
         commands: dict[str, list[str | Path]] = {
             "without": [plain / "bin" / "python", "-c", "pass"],
             "with the file": [armed / "bin" / "python", "-c", "pass"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import py_compile
 import re
 import site
 import subprocess
@@ -181,6 +182,8 @@ def _write(folder: Path) -> None:
         for name, text in files().items():
             new.write_text(text, encoding="utf-8")
             new.replace(folder / name)  # a Python that starts meanwhile sees a whole file
+        # Who may not write here would compile it at every start.
+        py_compile.compile(str(folder / f"{MODULE}.py"))
     except OSError as error:
         with suppress(OSError):
             new.unlink(missing_ok=True)

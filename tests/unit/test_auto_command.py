@@ -43,6 +43,7 @@ def test_on_writes_three_files_and_off_takes_them_out_again(environment: Environ
     on = answer(environment.r3patch("auto", "on"))
     assert f"auto is on: {environment.site}/_r3patch_auto.pth" in on
     assert environment.written == FILES
+    assert list(environment.site.glob("__pycache__/_r3patch_auto*"))  # compiled once and for all
     assert "is on already" in answer(environment.r3patch("auto", "on"))
     assert "is on: " in answer(environment.r3patch("auto", "status"))
     off = answer(environment.r3patch("auto", "off"))
@@ -143,7 +144,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     told = capsys.readouterr().err
     assert told.startswith(f"r3patch auto: {here} cannot be written: Permission denied.")
     assert "owner of the environment" in told
-    assert sorted(path.name for path in here.glob("*")) == (FILES if switch == "off" else [])
+    assert sorted(path.name for path in here.glob("_r3patch*")) == (
+        FILES if switch == "off" else []
+    )
 
 
 def test_the_python_of_the_system_is_left_alone(
@@ -203,7 +206,7 @@ def test_off_leaves_what_belongs_to_another_environment(
     told = capsys.readouterr().out
     assert f"removed {here}/_r3patch_auto.*" in told
     assert f"still on in {below}, which belongs to another environment" in told
-    assert sorted(path.name for path in below.iterdir()) == FILES
+    assert sorted(path.name for path in below.glob("_r3patch*")) == FILES
 
 
 def test_two_start_up_files_arm_once(environment: Environment) -> None:
