@@ -156,7 +156,8 @@ from importlib import metadata
 from pathlib import Path
 import megatron
 files = (Path(place, "core", "package_info.py") for place in megatron.__path__)
-megatron_core = runpy.run_path(next(file for file in files if file.exists()))["__version__"]
+version = runpy.run_path(next(file for file in files if file.exists()))["__version__"]
+megatron_core = version.partition("+")[0]  # of git it asks whatever repository it is run in
 found = (f"{name} {metadata.version(name)}" for name in ("torch", "wrapt"))
 print(f"Python {platform.python_version()}, megatron-core {megatron_core}", *found, sep=", ")
 """
