@@ -188,3 +188,27 @@ def test_spread_rows_go_round_the_ranks_and_the_experts_of_their_layer() -> None
     first, second = microbatch.to_device(torch.device("cpu")).ids
     assert torch.equal(first.long(), spread_rows(6, 2, 16, ep_size=2))
     assert torch.equal(second.long(), spread_rows(6, 2, 8, first=6, ep_size=2))
+
+
+class Wrapper(torch.nn.Module):
+    """As DDP and Float16Module hold a model."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_a_pass_of_the_model_in_two_wrappers_is_seen() -> None:
+    """A session on the outer one rewinds a failed pass of the model itself."""
+    model = build()
+    calls = Calls(model)
+    routes = random_routes(model, 11)
+    router = r3patch.routers(model, "main")[-1].module
+    with r3patch.replay(Wrapper(Wrapper(model)), [routes]):
+        handle = router.register_forward_pre_hook(stop)
+        with pytest.raises(StopHereError):
+            loss_of(model, 1)
+        handle.remove()
+        calls.clear()
+        loss_of(model, 1)
+    assert_maps(calls.main(in_backward=False), [routes])
