@@ -111,4 +111,5 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator) * 0.1 - 0.05
     if len(shape) == 1:  # a norm's weight, or a bias
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-    return torch.randn(shape, generator=generator) * float(shape[-1]) ** -0.5
+    scale: float = shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator) * scale
