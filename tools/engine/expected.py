@@ -1,6 +1,6 @@
 """What transformers computes on the tiny checkpoints: the oracle of `testing.load_hf`.
 
-    python tools/engine/expected.py FILE    # in .venv/engine, which `make engine` makes
+    python tools/engine/expected.py FILE    # with the packages of tools/engine.txt
 
 Writes the log-probabilities of the next tokens, and of the ones after those by the MTP layer, that
 transformers has no model for: its decoder layer runs here between MTP's own few operations.
