@@ -52,7 +52,7 @@ def on_gpus(tensor: int, pipeline: int, expert: int) -> Iterator[None]:
 
 
 def build(args: argparse.Namespace, seed: int) -> list[torch.nn.Module]:
-    recompute = {
+    recompute: dict[str, Any] = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
         "recompute_num_layers": 1,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from r3patch.testing._calls import RoutingCall, RoutingCalls
 from r3patch.testing._cpu import megatron_on_cpu
+from r3patch.testing._hf import load_hf
 from r3patch.testing._models import SHAPES, tiny_config, tiny_model
 from r3patch.testing._parallel import seed_parameters
 from r3patch.testing._run import run_ranks, torchrun
@@ -24,6 +25,7 @@ __all__ = [
     "SHAPES",
     "RoutingCall",
     "RoutingCalls",
+    "load_hf",
     "megatron_on_cpu",
     "on_this_rank",
     "random_batches",

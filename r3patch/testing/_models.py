@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,7 +11,6 @@ from r3patch._errors import UnsupportedMegatronError
 from r3patch.testing._attention import use_cpu_attention
 
 VOCABULARY = 256
-SEQUENCE = 512  # the longest that the models take
 
 _COMMON: dict[str, Any] = {
     "num_layers": 3,
@@ -95,10 +94,15 @@ def tiny_config(shape: str = "glm47_flash", **overrides: Any) -> Any:
         shape: a key of `SHAPES`.
         overrides: fields of the config.
     """
+    return make_config({**SHAPES[shape], **overrides})
+
+
+def make_config(own: dict[str, Any]) -> Any:
+    """A ``TransformerConfig`` of what the tiny models have in common, and these fields."""
     from megatron.core import parallel_state
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    fields = {**_COMMON, **SHAPES[shape], **overrides}
+    fields = {**_COMMON, **own}
     num_layers, frequency = fields["num_layers"], fields["moe_layer_freq"]
     if isinstance(frequency, list) and len(frequency) != num_layers:
         fields["moe_layer_freq"] = (frequency + [1] * num_layers)[:num_layers]
@@ -123,30 +127,62 @@ def tiny_config(shape: str = "glm47_flash", **overrides: Any) -> Any:
     return (MLATransformerConfig if mla else TransformerConfig)(**fields)
 
 
-def tiny_model(shape: str = "glm47_flash", **overrides: Any) -> list[torch.nn.Module]:
+class Sizes(NamedTuple):
+    """What the constructor of a model takes and `TransformerConfig` has not."""
+
+    vocab_size: int = VOCABULARY
+    max_sequence_length: int = 512
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+
+
+def tiny_model(
+    shape: str = "glm47_flash",
+    *,
+    vocab_size: int = VOCABULARY,
+    max_sequence_length: int = 512,
+    rotary_base: float = 10000.0,
+    rotary_percent: float = 1.0,
+    **overrides: Any,
+) -> list[torch.nn.Module]:
     """The chunks of this rank: one, or as many as there are virtual pipeline stages.
 
     Args:
         shape: a key of `SHAPES`.
+        vocab_size: tokens of the embedding and of the output layer.
+        max_sequence_length: the longest sequence that the model takes.
+        rotary_base: of the rotary embedding, theta elsewhere.
+        rotary_percent: the part of a head that is rotated, above 0 and at most 1.
         overrides: fields of the config.
 
     Raises:
         UnsupportedMegatronError: the installed Megatron cannot build the shape.
     """
+    sizes = Sizes(vocab_size, max_sequence_length, rotary_base, rotary_percent)
+    return build_model({**SHAPES[shape], **overrides}, sizes, hybrid=shape == "nemotron_hybrid")
+
+
+def build_model(
+    fields: dict[str, Any], sizes: Sizes, *, hybrid: bool = False
+) -> list[torch.nn.Module]:
+    """The chunks of this rank of the model with these fields of the config."""
     from megatron.core.enums import ModelType
 
-    if shape == "nemotron_hybrid":
-        chunks = [_hybrid(overrides)]
+    if hybrid:
+        chunks = [_hybrid(fields, sizes)]
     else:
-        config = tiny_config(shape, **overrides)
+        if fields.get("multi_latent_attention"):  # it rotates by the config, not by the model
+            rotary = {name: getattr(sizes, name) for name in ("rotary_base", "rotary_percent")}
+            fields = {**rotary, **fields}
+        config = make_config(fields)
         stages = config.virtual_pipeline_model_parallel_size
-        chunks = [_gpt(config, stage) for stage in (range(stages) if stages else [None])]
+        chunks = [_gpt(config, sizes, stage) for stage in (range(stages) if stages else [None])]
     for chunk in chunks:
         chunk.model_type = ModelType.encoder_or_decoder
     return chunks
 
 
-def _gpt(config: Any, vp_stage: int | None) -> torch.nn.Module:
+def _gpt(config: Any, sizes: Sizes, vp_stage: int | None) -> torch.nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -169,8 +205,7 @@ def _gpt(config: Any, vp_stage: int | None) -> torch.nn.Module:
     model: torch.nn.Module = GPTModel(
         config,
         spec,
-        vocab_size=VOCABULARY,
-        max_sequence_length=SEQUENCE,
+        **sizes._asdict(),
         pre_process=rank == 0 and not vp_stage,
         post_process=rank == size - 1 and (vp_stage or 0) == last_stage,
         position_embedding_type="rope",
@@ -192,7 +227,7 @@ def _last_layer(config: Any, spec: Any) -> Any:
     return layer
 
 
-def _hybrid(overrides: dict[str, Any]) -> torch.nn.Module:
+def _hybrid(fields: dict[str, Any], sizes: Sizes) -> torch.nn.Module:
     """A hybrid stack of attention (*) and MoE (E) layers, in the decoder and in MTP."""
     try:
         from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -209,12 +244,12 @@ def _hybrid(overrides: dict[str, Any]) -> torch.nn.Module:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     main = HYBRID_PATTERN.partition("/")[0]
-    overrides = {"num_layers": len(main), **overrides}
+    fields = {"num_layers": len(main), **fields}
     frequency = [int(symbol == "E") for symbol in main]
-    config = tiny_config("nemotron_hybrid", **overrides)
+    config = make_config(fields)
     config.hybrid_layer_pattern = HYBRID_PATTERN  # as Megatron's arguments have it
     # The layer specs of a GPT block whose first layer is dense and whose second is MoE.
-    like = tiny_config("nemotron_hybrid", **{**overrides, "moe_layer_freq": frequency})
+    like = make_config({**fields, "moe_layer_freq": frequency})
     spec = get_gpt_decoder_block_spec(like, use_transformer_engine=False)
     use_cpu_attention(config, spec)
     attention, moe = (copy.deepcopy(layer) for layer in spec.layer_specs[:2])
@@ -228,8 +263,7 @@ def _hybrid(overrides: dict[str, Any]) -> torch.nn.Module:
     model: torch.nn.Module = HybridModel(
         config,
         ModuleSpec(module=HybridStack, submodules=submodules),
-        vocab_size=VOCABULARY,
-        max_sequence_length=SEQUENCE,
+        **sizes._asdict(),
         hybrid_layer_pattern=HYBRID_PATTERN,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,

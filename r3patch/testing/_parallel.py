@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 
-@torch.no_grad()
 def seed_parameters(model: Any, seed: int = 0) -> None:
     """Fill every parameter and expert bias from its place in the whole model.
 
@@ -21,11 +20,29 @@ def seed_parameters(model: Any, seed: int = 0) -> None:
         model: a module or the list of a rank's chunks, as `tiny_model` gives them.
         seed: another seed is another model.
     """
+    fill_parameters(model, lambda name, shape: _values(name, shape, seed))
+
+
+@torch.no_grad()
+def fill_parameters(
+    model: Any, values: Callable[[str, tuple[int, ...]], torch.Tensor | None]
+) -> None:
+    """Copy this rank's part of ``values(name, shape)`` into every parameter and expert bias.
+
+    Args:
+        model: a module or the list of a rank's chunks.
+        values: gets the name in the whole model and the shape of the whole tensor, and gives that
+            tensor, or None to leave the parameter as it is.
+    """
     chunks: Sequence[torch.nn.Module] = [model] if isinstance(model, torch.nn.Module) else model
     for chunk in chunks:
         for name, tensor in _tensors(chunk):
-            whole = _whole(name, tensor, chunk)
-            tensor.copy_(_values(whole, name, seed, tensor))
+            cut = _cut(name, tensor, chunk)
+            shape = list(tensor.shape)
+            shape[cut.dim] *= cut.size
+            whole = values(name, tuple(shape))
+            if whole is not None:
+                tensor.copy_(cut.part(whole))
 
 
 def _tensors(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -59,12 +76,25 @@ def _num_experts(chunk: torch.nn.Module) -> int:
     return int(chunk.config.num_moe_experts)  # type: ignore[union-attr, arg-type]
 
 
-def _whole(name: str, shard: torch.Tensor, chunk: torch.nn.Module) -> tuple[int, int, int, int]:
-    """How the tensor is cut: (dimension, parts, own part, blocks that are cut each on its own)."""
+class _Cut(NamedTuple):
+    """How tensor parallelism cuts a tensor."""
+
+    dim: int = 0
+    size: int = 1
+    rank: int = 0
+    blocks: int = 1  # cut each on its own
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        blocks: Sequence[torch.Tensor] = whole.chunk(self.blocks, dim=self.dim)
+        parts = [block.chunk(self.size, dim=self.dim)[self.rank] for block in blocks]
+        return torch.cat(parts, dim=self.dim)
+
+
+def _cut(name: str, shard: torch.Tensor, chunk: torch.nn.Module) -> _Cut:
     from megatron.core import parallel_state
 
     if not getattr(shard, "tensor_model_parallel", False):
-        return (0, 1, 0, 1)
+        return _Cut()
     if ".experts." in name:
         size = parallel_state.get_expert_tensor_parallel_world_size()
         rank = parallel_state.get_expert_tensor_parallel_rank()
@@ -72,20 +102,14 @@ def _whole(name: str, shard: torch.Tensor, chunk: torch.nn.Module) -> tuple[int,
         size = parallel_state.get_tensor_model_parallel_world_size()
         rank = parallel_state.get_tensor_model_parallel_rank()
     gated = "linear_fc1" in name and chunk.config.gated_linear_unit  # type: ignore[union-attr]
-    return (shard.partition_dim, size, rank, 2 if gated else 1)  # type: ignore[attr-defined]
+    return _Cut(shard.partition_dim, size, rank, 2 if gated else 1)  # type: ignore[attr-defined]
 
 
-def _values(
-    cut: tuple[int, int, int, int], name: str, seed: int, shard: torch.Tensor
-) -> torch.Tensor:
-    dim, size, rank, blocks = cut
-    shape = list(shard.shape)
-    shape[dim] *= size
+def _values(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if name.endswith("expert_bias"):
         return torch.rand(shape, generator=generator) * 0.1 - 0.05
     if len(shape) == 1:  # a norm's weight, or a bias
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-    whole = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-    parts = [block.chunk(size, dim=dim)[rank] for block in whole.chunk(blocks, dim=dim)]
-    return torch.cat(parts, dim=dim)
+    scale: float = shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator) * scale

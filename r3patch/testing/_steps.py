@@ -17,6 +17,7 @@ def random_batches(
     num_microbatches: int = 2,
     micro_batch_size: int = 2,
     seq_length: int = 16,
+    vocab_size: int = VOCABULARY,
     seed: int = 0,
 ) -> list[Batch]:
     """Microbatches of random tokens, whole ones: `train_step` cuts them for context parallelism.
@@ -27,7 +28,7 @@ def random_batches(
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (num_microbatches, micro_batch_size, seq_length + 1)
-    tokens = torch.randint(VOCABULARY, shape, generator=generator)
+    tokens = torch.randint(vocab_size, shape, generator=generator)
     mask = torch.ones(1, 1, seq_length, seq_length, dtype=torch.bool).triu(1)
     return [
         {

@@ -1,0 +1,178 @@
+"""The engine as an oracle: its rows and log-probabilities against stock Megatron's, replayed.
+
+`tests/megatron/test_engine.py` asks it about the payloads in tests/data/engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import r3patch
+from r3patch import Routes, testing
+
+FULL_RECOMPUTE: dict[str, Any] = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+BF16: dict[str, Any] = {
+    "bf16": True,
+    "params_dtype": torch.bfloat16,
+    "pipeline_dtype": torch.bfloat16,
+}
+PER_MICROBATCH = 4
+
+
+@dataclass
+class Rollout:
+    """What `rollout.py` wrote, decoded: samples, and the routes of each."""
+
+    contents: dict[str, Any]
+    samples: list[dict[str, Any]]  # of several turns the last
+    routes: list[Routes]
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields of the trainer's config: the engine's precision, and an MTP head."""
+        return {"mtp_num_layers": 1, **(BF16 if self.contents["dtype"] == "bfloat16" else {})}
+
+    @property
+    def length(self) -> int:
+        longest = max(len(sample["tokens"]) for sample in self.samples)
+        return -(-longest // 8) * 8
+
+    def microbatches(self) -> Iterator[tuple[dict[str, torch.Tensor], list[Routes]]]:
+        """Padded batches as ``GPTModel.forward`` takes them, and the routes of their samples."""
+        count = PER_MICROBATCH
+        for number in range(0, len(self.samples), count):
+            samples = self.samples[number : number + count]
+            tokens = torch.zeros(count, self.length, dtype=torch.long)
+            for row, sample in zip(tokens, samples, strict=False):
+                row[: len(sample["tokens"])] = torch.tensor(sample["tokens"])
+            batch = {
+                "input_ids": tokens,
+                "labels": torch.cat([tokens[:, 1:], tokens.new_zeros(count, 1)], dim=1),
+                "position_ids": torch.arange(self.length).expand(count, -1),
+                "attention_mask": torch.ones(1, 1, self.length, self.length).triu(1).bool(),
+            }
+            routes = self.routes[number : number + count]
+            like = routes[0]
+            empty = [Routes.missing(0, like.layers, like.topk, like.num_experts, tokens=[])]
+            yield batch, routes + empty * (count - len(routes))
+
+    def placed(self, config: Any) -> list[Routes]:
+        """The routes of each microbatch on this rank."""
+        layout = r3patch.Layout.from_megatron(config, packed=False, seq_length=self.length)
+        return [layout.place(routes) for _, routes in self.microbatches()]
+
+    def log_probs(self) -> torch.Tensor:
+        """By the engine, of the tokens that it sampled, sample by sample."""
+        return torch.tensor([x for sample in self.samples for x in sample["log_probs"]])
+
+    def pick(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The same tokens' out of what `GPTModel.forward` returned for each microbatch."""
+        rows = itertools.chain.from_iterable(losses)
+        found = [
+            -row[sample["prompt"] - 1 : len(sample["tokens"]) - 1]
+            for row, sample in zip(rows, self.samples, strict=False)
+        ]
+        return torch.cat(found).float()
+
+
+def read(file: Path, config: Any) -> Rollout:
+    """Decode what `rollout.py` wrote.
+
+    Args:
+        file: the JSON.
+        config: of the checkpoint, of Hugging Face or of Megatron.
+    """
+    contents = json.loads(file.read_text(encoding="utf-8"))
+    samples = contents["samples"]
+
+    def each(name: str) -> list[Any]:
+        return [
+            [turn[name] for turn in sample["turns"]] if "turns" in sample else sample[name]
+            for sample in samples
+        ]
+
+    routes = r3patch.decode_batch(
+        each("payload"), tokens=each("tokens"), start=each("start"), config=config, keep="latest"
+    )
+    return Rollout(contents, [sample.get("turns", [sample])[-1] for sample in samples], routes)
+
+
+def read_for(file: Path, checkpoint: Path) -> Rollout:
+    """The same, with the sizes from the checkpoint's own config."""
+    return read(file, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+
+
+@dataclass
+class Figures:
+    """What was found, of one model in one precision."""
+
+    routes: r3patch.metrics.RouteMismatch  # the engine's, and what the trainer alone chooses
+    gap: r3patch.metrics.PolicyGap  # of the sampled tokens, without replay
+    gap_replayed: r3patch.metrics.PolicyGap
+    mtp_replayed: int
+    rows_replayed: int
+
+
+def compare(rollout: Rollout, chunks: list[torch.nn.Module]) -> Figures:
+    """Forward without replay, and replayed, both without grad."""
+    (model,) = chunks
+    batches = [batch for batch, _ in rollout.microbatches()]
+    placed = rollout.placed(model.config)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return rollout.pick([model(**batch) for batch in batches])
+
+    with r3patch.record(chunks) as own:
+        alone = forward()
+    first, *rest = map(r3patch.metrics.route_mismatch, placed, own.routes)
+    with r3patch.replay(chunks, placed) as session:
+        replayed = forward()
+    engine = rollout.log_probs()
+    main, mtp = session.stats.total("main"), session.stats.total("mtp")
+    return Figures(
+        routes=first.merge(*rest),
+        gap=r3patch.metrics.policy_gap(alone, engine),
+        gap_replayed=r3patch.metrics.policy_gap(replayed, engine),
+        mtp_replayed=mtp.rows_replayed,
+        rows_replayed=main.rows_replayed,
+    )
+
+
+@dataclass
+class Trained:
+    """Of a forward and backward over all microbatches, replayed."""
+
+    losses: list[torch.Tensor]
+    main_replayed: int
+    mtp_replayed: int
+    rows_differing: int  # between the engine and the live choice under its rows
+    recompute_calls: int
+    rows_differing_in_recompute: int
+
+
+def train(rollout: Rollout, chunks: list[torch.nn.Module]) -> Trained:
+    """By Megatron's own schedule, whatever the parallel sizes; gradients are left in ``.grad``."""
+    config: Any = chunks[0].config
+    with r3patch.replay(chunks, rollout.placed(config), measure=True) as session:
+        losses = testing.train_step(chunks, [batch for batch, _ in rollout.microbatches()])
+    main, mtp = session.stats.total("main"), session.stats.total("mtp")
+    return Trained(
+        losses,
+        main.rows_replayed,
+        mtp.rows_replayed,
+        main.rows_differing,
+        main.recompute_calls,
+        main.recompute_rows_differing,
+    )
