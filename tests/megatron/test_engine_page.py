@@ -19,7 +19,6 @@ import torch
 
 import r3patch
 from r3patch import testing
-from r3patch.testing import _models
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "engine-to-step.md"
@@ -90,15 +89,15 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def given(server: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def given(server: str) -> dict[str, Any]:
     """What the page says is yours."""
-    monkeypatch.setattr(_models, "VOCABULARY", 512)
     (model,) = testing.tiny_model(
         "qwen3_moe",
         num_layers=4,
         moe_layer_freq=[1, 1, 1, 1],
         num_moe_experts=16,
         moe_router_topk=4,
+        vocab_size=512,
     )
     prompt = recorded("completion")["request"]["prompt"]
     logged: list[dict[str, float]] = []
