@@ -82,6 +82,7 @@ def test_an_unknown_shape_fails_loudly_and_lets_the_import_pass(fresh: Fresh, sh
         """
     )
     assert "WARNING:r3patch.labels.patch:r3patch could not patch " in log
+    assert log.count("could not patch") == 1
 
 
 def test_a_module_is_patched_wholly_or_not_at_all(fresh: Fresh, tmp_path: Path) -> None:
