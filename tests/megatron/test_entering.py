@@ -319,9 +319,12 @@ def test_a_pruned_layer_is_recorded_and_replayed(measure: bool) -> None:
         assert torch.equal(got, torch.zeros_like(got).scatter(1, ids, True))
 
 
-def test_an_id_that_a_pruned_layer_does_not_have() -> None:
+@pytest.mark.parametrize("config", ["its own", "the model's"])
+def test_an_id_that_a_pruned_layer_does_not_have(config: str) -> None:
     """The routes of the whole model are refused on entry, with the layer and the id."""
     model = pruned()
+    if config == "the model's":  # the rows of its gate tell
+        r3patch.routers(model, "main")[-1].module.config = model.config
     with pytest.raises(r3patch.RoutesError, match=r"expert 1\d in layer 3, but .* has 8 experts"):
         r3patch.replay(model, [random_routes(model, 11)]).__enter__()
 

@@ -33,6 +33,20 @@ def test_a_borrowed_decoder_layer_stays_main(fresh: Fresh) -> None:
     )
 
 
+def test_a_layer_that_mtp_shares_is_named_by_its_decoder(fresh: Fresh) -> None:
+    """Also where the MTP block stands before the decoder among the modules of one chunk."""
+    fresh(
+        """
+        import r3patch, probe
+        model = probe.build()
+        model.mtp.layers[0].shared = model.decoder[-1]
+        model._modules = dict(reversed(model._modules.items()))
+        found = [i for i in r3patch.verify(model) if i.module is model.decoder[-1].mlp.router]
+        assert [(i.scope, i.name) for i in found] == [("main", "decoder.1.mlp.router")]
+        """
+    )
+
+
 def test_a_decoder_layer_copied_in_an_mtp_constructor_is_a_conflict(fresh: Fresh) -> None:
     """A copy runs no constructor and keeps 'main': verify raises, label(model) corrects it."""
     fresh(
