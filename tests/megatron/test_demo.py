@@ -50,7 +50,8 @@ def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals to a group of processes")
-def test_an_interrupt_ends_the_workers_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay", [0, 1])  # the workers start, and import
+def test_an_interrupt_ends_the_workers_too(tmp_path: Path, delay: int) -> None:
     """Ctrl-C goes to all processes; one line answers it."""
     report = tmp_path / "demo.html"
     with subprocess.Popen(
@@ -63,7 +64,7 @@ def test_an_interrupt_ends_the_workers_too(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().startswith("training 4 arms")
-        time.sleep(1)  # the workers are importing
+        time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (130, "")

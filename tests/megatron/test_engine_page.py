@@ -117,6 +117,7 @@ def given(server: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.foreign_routes
 def test_the_page_runs_from_engine_to_optimizer_step(given: dict[str, Any]) -> None:
     """Every block, in order; then R3 replayed the rows that vLLM sent, and R2 every real token."""
     before = [parameter.detach().clone() for parameter in given["model"].parameters()]

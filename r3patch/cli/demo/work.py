@@ -8,8 +8,9 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def run(
             ours, theirs = spawn.Pipe(duplex=False)
             args = (theirs, arms[number::workers], task)
             process = spawn.Process(target=_work, args=args, daemon=True)
-            with _interrupts_ignored():
+            with _interrupts_kept_back():
                 process.start()
             theirs.close()
             pipes[ours] = process
@@ -77,16 +78,20 @@ def _end(process: Any) -> None:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """For a process that starts here: Ctrl-C goes to all, and one of them should answer."""
-    before = None
-    with suppress(ValueError):  # not the main thread
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_kept_back() -> Iterator[None]:
+    """For a process that starts here, which never gets them; this one gets them afterwards.
+
+    Ctrl-C goes to all processes, and one of them should answer. Ignored, it would be lost here.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # its start lets them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: Connection, arms: Sequence[Arm], task: Task) -> None:
