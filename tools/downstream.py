@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +21,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import pages
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "tests" / "downstream" / "cells.py"
@@ -52,7 +53,7 @@ def main() -> int:
     text = table(without, governed)
     print(text)
     if options.write:
-        write(options.write, text)
+        pages.write(options.write, "downstream", text)
     return 1 if any(map(fault, governed)) else 0
 
 
@@ -191,27 +192,6 @@ def _wrong(total: Counter[str]) -> Iterator[str]:
     bits = total["mtp_bits"] - total["mtp_other"]
     if bits:
         yield f"{bits} of {total['mtp']} MTP calls differ from Megatron's own in bits"
-
-
-def write(page: Path, text: str) -> None:
-    """Put the table between its marks.
-
-    Raises:
-        SystemExit: the page has no marks.
-    """
-    old = page.read_text()
-    new, found = re.subn(
-        r"(<!-- downstream -->\n).*?(<!-- /downstream -->)",
-        lambda marks: f"{marks[1]}{text}\n{marks[2]}",
-        old,
-        flags=re.DOTALL,
-    )
-    if found != 1:
-        raise SystemExit(
-            f"{page} has {found} places between <!-- downstream --> and <!-- /downstream -->, "
-            "expected one, each mark on a line of its own"
-        )
-    page.write_text(new)
 
 
 if __name__ == "__main__":

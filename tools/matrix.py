@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pages
+
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "matrix"
 LABELS = ("tests/megatron/test_labels.py", "tests/megatron/test_label_specs.py")
@@ -106,7 +108,7 @@ def main() -> int:
         if outcome and not outcome["good"]:
             failed.append(cell)
     if options.write:
-        write(options.write, table())
+        pages.write(options.write, "matrix", table())
     return 1 if failed else 0
 
 
@@ -272,24 +274,6 @@ def table() -> str:
         cells = (outcome["group"], outcome["what"], _words(outcome))
         rows.append("| " + " | ".join((*cells, outcome["versions"], outcome["date"])) + " |")
     return "\n".join(rows)
-
-
-def write(page: Path, text: str) -> None:
-    """Put the table between its marks.
-
-    Raises:
-        SystemExit: the page has no marks.
-    """
-    old = page.read_text()
-    new, found = re.subn(
-        r"(<!-- matrix -->\n).*?(<!-- /matrix -->)",
-        lambda marks: f"{marks[1]}{text}\n{marks[2]}",
-        old,
-        flags=re.DOTALL,
-    )
-    if found != 1:
-        raise SystemExit(f"{page} has {found} places between <!-- matrix --> marks, expected one")
-    page.write_text(new)
 
 
 if __name__ == "__main__":
