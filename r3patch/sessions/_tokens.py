@@ -55,20 +55,22 @@ class _Embedded:
     mark: torch.Tensor | None = None  # [s, b, _MARK]: how the embeddings begin
     replaced: torch.Tensor | None = None  # [s, b] bool: rows with something else in their place
     why_not: str = ""  # it is not certain that the decoder gets them
+    unsure: str = ""  # nor that it gets these and not others: equal rows prove it, others nothing
 
 
 class _Comparison:
     """A comparison on the device, which the host reads when it is there: it waits for nothing."""
 
     def __init__(
-        self, number: int, rows: torch.Tensor, ids: torch.Tensor, embedded: torch.Tensor
+        self, number: int, rows: torch.Tensor, ids: torch.Tensor, embedded: _Embedded
     ) -> None:
         self.number = number  # of the microbatch
+        self.unsure = embedded.unsure
         self.rows = rows  # [num_tokens] int32, -1 where nothing is compared
         self.ids = ids  # [num_tokens] int32: what the routers got
-        self.batch = embedded.shape[0]
+        self.batch = embedded.ids.shape[0]
         # [s, b]: what the ids are a sequence parallel part of
-        self.whole = embedded.t() if embedded.numel() != ids.numel() else None
+        self.whole = embedded.ids.t() if embedded.ids.numel() != ids.numel() else None
         compared = rows >= 0
         counts = torch.stack([compared.sum(), ((rows != ids) & compared).sum()])
         self._counts = torch.empty(2, dtype=torch.int64, pin_memory=counts.is_cuda)
@@ -185,7 +187,7 @@ class TokenWatch:
                 assert replaced is not None
                 rows = rows.masked_fill(replaced.to(rows.device), -1)
             ids = ids.to(rows.device, torch.int32)
-            self._pending.append(_Comparison(number, rows, ids, embedded.ids))
+            self._pending.append(_Comparison(number, rows, ids, embedded))
             self._settle(wait=False)
             if self._fault and self._mode == "strict":
                 raise ReplayError(self._fault)
@@ -214,7 +216,11 @@ class TokenWatch:
         """Read the comparisons in their order, and let go of their ids."""
         while self._pending and (wait or self._pending[0].ready()):
             one = self._pending.popleft()
-            compared, wrong = self._counts[one.number] = one.counts()
+            compared, wrong = one.counts()
+            if wrong and one.unsure:
+                self._skipped = one.unsure
+                continue
+            self._counts[one.number] = compared, wrong
             if not compared:
                 self._skipped = "every row stands for something else than the token's embedding"
             if not wrong or self._fault:
@@ -272,12 +278,13 @@ class TokenWatch:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-            why_not, before = "", self._embedded
+            why_not, unsure, before = "", "", self._embedded
             if not self._inside:
                 why_not = "the ids are embedded outside of the decoder's own model"
             elif before is not None and before.ids.data_ptr() != ids.data_ptr():
-                why_not = "ids are embedded twice before the decoder, which gets some of them"
-            self._embedded = _Embedded(ids.detach(), why_not=why_not)
+                # Or a forward failed that no hook saw, and this is its retry.
+                unsure = "ids are embedded twice before the decoder, which gets some of them"
+            self._embedded = _Embedded(ids.detach(), why_not=why_not, unsure=unsure)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_output(self, embedding: Any, args: Any, output: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 import r3patch
 from r3patch import Routes, testing
 
-pytestmark = [pytest.mark.megatron, pytest.mark.slow]
+pytestmark = [pytest.mark.megatron, pytest.mark.slow, pytest.mark.foreign_routes]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
