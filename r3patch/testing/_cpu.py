@@ -169,6 +169,9 @@ def _megatron_stubs() -> Iterator[None]:
         _replaced(mla, HAVE_TE=False),
         _replaced(norm, __new__=staticmethod(_torch_norm)),
         _replaced(mtp.MTPLossLoggingHelper, tracker={}),
+        # The schedules write the loss scale of a step into these, for whoever runs next.
+        _replaced(moe_utils.MoEAuxLossAutoScaler, main_loss_backward_scale=None),
+        _replaced(mtp.MTPLossAutoScaler, main_loss_backward_scale=torch.tensor(1.0)),
         # Without Transformer Engine 0.20 asks isinstance() of a class that is a mock.
         _replaced(mtp, is_inference_column_parallel_linear=lambda module: False),
         _hybrid_norm(norm),
