@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,12 @@ FRAMEWORKS = sorted(path.stem for path in (HERE / "drivers").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
-def downstream(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def downstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """tools/downstream.py, which keeps its answers elsewhere here."""
-    path = HERE.parents[1] / "tools" / "downstream.py"
-    spec = importlib.util.spec_from_file_location("downstream", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.ANSWERS = tmp_path_factory.mktemp("downstream")
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("downstream")
+        patch.setattr(module, "ANSWERS", tmp_path_factory.mktemp("downstream"))
+        yield module
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
