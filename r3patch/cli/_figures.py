@@ -20,16 +20,16 @@ from r3patch.observe.history import History
 from r3patch.observe.reader import Load
 
 _WIDTH, _HEIGHT = 5.2, 3.2  # inches
-_INK, _GRID, _VOID = "#22262b", "#d9dce0", "#eceef0"
+INK, _GRID, _VOID = "#22262b", "#d9dce0", "#eceef0"
 _COLORS = ("#0b6e99", "#c2571a", "#5b7f2b", "#7a4fa3")
 _MAX_PHASES = 4
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names of notes and phases may have a $
     "svg.fonttype": "path",
     "svg.hashsalt": "r3patch",  # the same numbers give the same bytes
     "font.size": 9,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -37,11 +37,11 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": _GRID,
     "grid.linewidth": 0.5,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
-    "text.color": _INK,
+    "text.color": INK,
     "legend.frameon": False,
     "lines.linewidth": 1.4,
 }
@@ -62,7 +62,7 @@ def figures(history: History) -> list[Figure]:
     mpl.use("svg")
     phases = list(history.phases.items())[:_MAX_PHASES] or [("", history)]
     drawn: list[Figure | None] = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, phase in phases:
             of_phase = [
                 _mismatch(phase),
@@ -91,7 +91,7 @@ def _axes(rows: int = 1, height: float = _HEIGHT, *, sharex: bool = True) -> tup
     return figure, figure.subplots(rows, 1, sharex=sharex, squeeze=False)[:, 0]
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", dpi=200, metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
@@ -125,7 +125,7 @@ def _mismatch(history: History) -> Figure | None:
         "everywhere: routes shifted by a layer, or of other weights. Dark columns: stale rows. "
         "Grey: nothing was replayed or measured. Megatron is asked on inputs that replay has made "
         "in the layers before, so without replay more would differ.",
-        _svg(figure),
+        svg(figure),
         f"Heat map: {whole:.1%} of router calls differ over all layers and steps, {highest:.1%} at "
         "most.",
     )
@@ -161,7 +161,7 @@ def _mismatch_over_steps(history: History) -> Figure | None:
         "Mismatch over steps",
         "Router calls that differ, over all layers, sessions and ranks and in the worst of them, "
         "and tokens that differ in at least one layer." + bound,
-        _svg(figure),
+        svg(figure),
         f"Lines: router calls differ by {_first_last(rows)} from the first to the last step.",
     )
 
@@ -193,7 +193,7 @@ def _policy_gap(history: History) -> Figure | None:
         "Between the log-probs of the sampled tokens under trainer and rollout engine, as the "
         "sessions noted it: the mean of |Δ|, the k3 estimate of KL(rollout || train), and the "
         "fraction of tokens whose probabilities differ by more than a factor of 2.",
-        _svg(figure),
+        svg(figure),
         f"Lines: the last {next(iter(panels))} is "
         + ", ".join(f"{value:.3g} ({name})" for name, value in last.items()),
     )
@@ -224,7 +224,7 @@ def _rows(history: History) -> Figure | None:
         "Where the experts of the main routers' rows came from, by step and by layer. Rows without "
         "routes are padding, the last token of each sample, and samples whose routes are missing. "
         "A layer without a blue bar has an orphaned or bypassed router.",
-        _svg(figure),
+        svg(figure),
         f"Bars: {parts}.",
     )
 
@@ -269,7 +269,7 @@ def _load(loads: dict[int, Load], *, padding: bool) -> Figure | None:
         what,
         f"{which.capitalize()} of each expert over the mean of its layer. White is even; red gets "
         "more than its share, blue less.",
-        _svg(figure),
+        svg(figure),
         f"Heat map: the fullest expert has {highest:.2f} times the mean of its layer.",
     )
 

@@ -238,22 +238,24 @@ def _tokens(history: History) -> str:
 def _trouble(session: Session) -> tuple[float, bool, float]:
     """Orders sessions, the worst first."""
     wrong = session.tokens_wrong / max(1, session.tokens_checked)
-    agreed = session.agreement
-    kappa = 1.0 if agreed is None or agreed.kappa is None else agreed.kappa
-    return (-wrong, not (agreed is not None and agreed.alarmed), kappa)
+    return (-wrong, not session.alarmed, session.kappa)
 
 
 def _pictures(drawn: Sequence[Figure]) -> str:
     parts = []
     for number, figure in enumerate(drawn, start=1):
-        data = base64.b64encode(figure.svg.encode()).decode()
-        parts.append(
-            f'<figure id="{_slug(figure.title)}">'
-            f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(figure.alt)}">'
-            f"<figcaption><strong>Figure {number}. {escape(figure.title)}.</strong> "
-            f"{escape(figure.caption)}</figcaption></figure>"
-        )
+        shown = picture(figure, f"Figure {number}. {figure.title}")
+        parts.append(f'<figure id="{_slug(figure.title)}">{shown}</figure>')
     return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
+
+
+def picture(figure: Figure, title: str) -> str:
+    """What a <figure> of the page holds: the picture, and what stands below it."""
+    data = base64.b64encode(figure.svg.encode()).decode()
+    return (
+        f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(figure.alt)}">'
+        f"<figcaption><strong>{escape(title)}.</strong> {escape(figure.caption)}</figcaption>"
+    )
 
 
 def _mtp(history: History) -> str:

@@ -89,6 +89,16 @@ class Session:
         return sum(check.wrong for check in self.token_checks)
 
     @property
+    def alarmed(self) -> bool:
+        return self.agreement is not None and self.agreement.alarmed
+
+    @property
+    def kappa(self) -> float:
+        """How far its first rows agreed with Megatron's own choice; 1 where nobody can say."""
+        agreed = self.agreement
+        return 1.0 if agreed is None or agreed.kappa is None else agreed.kappa
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The layer numbers of its main routers, ascending."""
         return tuple(sorted(r.layer_number for r in self.main if r.layer_number is not None))

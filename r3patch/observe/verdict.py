@@ -231,23 +231,19 @@ def _check_tokens(history: History) -> Check:
 def _check_alarm(history: History) -> Check:
     question, where = "Was the alarm silent?", "Tokens and the alarm"
     heard = [s for s in history.replays if s.agreement and s.agreement.kappa is not None]
-    rang = [s for s in history.replays if s.agreement and s.agreement.alarmed]
+    rang = [session for session in history.replays if session.alarmed]
     if rang:
-        worst = min(rang, key=_kappa)
+        worst = min(rang, key=lambda session: session.kappa)
         text = (
             f"It rang at {_sessions(rang)}: the routes hardly are the model's own. Worst: {worst}, "
-            f"{_kappa(worst):.2f} of 1."
+            f"{worst.kappa:.2f} of 1."
         )
         return Check(question, False, text, where, sure=False)
     if not heard:
         return Check(question, None, "It looked at nothing.", where, moot=True)
-    text = f"The first rows agree with Megatron's choice by {_kappa(min(heard, key=_kappa)):.2f}"
-    return Check(question, True, f"{text} or more, of 1.", where)
-
-
-def _kappa(session: Session) -> float:
-    kappa = None if session.agreement is None else session.agreement.kappa
-    return 1.0 if kappa is None else kappa
+    least = min(session.kappa for session in heard)
+    text = f"The first rows agree with Megatron's choice by {least:.2f} or more, of 1."
+    return Check(question, True, text, where)
 
 
 def _pattern(odd: Sequence[Session], measured: Sequence[Session]) -> tuple[str, str]:

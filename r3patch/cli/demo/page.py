@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 
+from r3patch.cli import report
 from r3patch.cli._figures import Figure
 from r3patch.cli.demo import told
 from r3patch.cli.demo.picture import pictures
@@ -14,7 +14,7 @@ from r3patch.cli.demo.results import Curves, Excerpt
 def lead(curves: Curves, excerpt: Excerpt | None) -> str:
     """HTML for the head of the page."""
     first, *rest = pictures(curves)
-    small = "".join(_figure(figure) for figure in rest)
+    small = "".join(map(_figure, rest))
     parts = [
         '<section id="demo"><h2>The same weights, trained on in four ways</h2>',
         "".join(f"<p>{escape(text)}</p>" for text in told.reading(curves)),
@@ -29,12 +29,7 @@ def lead(curves: Curves, excerpt: Excerpt | None) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    data = base64.b64encode(figure.svg.encode()).decode()
-    return (
-        f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{escape(figure.alt)}">'
-        f"<figcaption><strong>{escape(figure.title)}.</strong> {escape(figure.caption)}"
-        "</figcaption></figure>"
-    )
+    return f"<figure>{report.picture(figure, figure.title)}</figure>"
 
 
 def _excerpt(excerpt: Excerpt) -> str:

@@ -24,14 +24,14 @@ _COLORS = {
 def pictures(curves: Curves) -> list[Figure]:
     """The change in accepted drafts, large, and two small ones: MTP loss and policy gap."""
     mpl.use("svg")
-    with mpl.rc_context(_figures._STYLE):
+    with mpl.rc_context(_figures.STYLE):
         return [_accepted(curves), _losses(curves), _gaps(curves)]
 
 
 def _accepted(curves: Curves) -> Figure:
     figure = Canvas(figsize=(5.8, 4.3), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(0, color=_figures._INK, lw=0.8)
+    axes.axhline(0, color=_figures.INK, lw=0.8)
     _draw(
         axes,
         curves,
@@ -49,7 +49,7 @@ def _accepted(curves: Curves) -> Figure:
         f"Change in the share of MTP drafts that the main model accepts, from {start:.1%} before "
         "the first step, in percentage points. Greedy, natural routing, a bf16 copy on the whole "
         "text: as an engine serves the weights. All four arms train on the same batches.",
-        _figures._svg(figure),
+        _figures.svg(figure),
         f"Lines, at the end: {ends} points.",
     )
 
@@ -64,7 +64,7 @@ def _losses(curves: Curves) -> Figure:
         "MTP loss as served",
         f"Of the same copies on the same text. Where replay reaches MTP, the trainer itself logs "
         f"{leak[1].trained_loss:.2f} to {leak[-1].trained_loss:.2f}, on no engine's routes.",
-        _figures._svg(figure),
+        _figures.svg(figure),
         "Lines, at the end: "
         + ", ".join(f"{points[-1].served_loss:.3f} ({name})" for name, points in curves.items()),
     )
@@ -81,7 +81,7 @@ def _gaps(curves: Curves) -> Figure:
         "Between trainer and rollout, the figure that most people watch: at the end "
         f"{curves[PLAIN.name][-1].gap:.3f} without replay, {curves[REPLAY.name][-1].gap:.3f} with "
         f"it, {curves[LEAK.name][-1].gap:.3f} where it reaches MTP.",
-        _figures._svg(figure),
+        _figures.svg(figure),
         "Lines, at the end: "
         + ", ".join(f"{points[-1].gap:.3f} ({name})" for name, points in curves.items()),
     )
