@@ -294,6 +294,6 @@ def _colored(state: str) -> str:
         "on": "green",
         "not here": "yellow",
         "not tried": "yellow",
+        "pending": "yellow",
     }
-    color = {**colors, "pending": "yellow"}.get(state, "red")
-    return f"[{color}]{state}[/]"
+    return f"[{colors.get(state, 'red')}]{state}[/]"

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 
 from r3patch._errors import ReplayError
-from r3patch.observe.stats import ENOUGH_ROWS, Agreement
+from r3patch.observe.stats import Agreement
 from r3patch.sessions._measure import shared_experts
 
-__all__ = ["ENOUGH_ROWS", "Alarm", "AlarmMode"]
+__all__ = ["Alarm", "AlarmMode"]
 
 logger = logging.getLogger(__name__)
 

@@ -261,13 +261,14 @@ class TokenWatch:
 
     def _match(self, embedded: _Embedded, given: torch.Tensor) -> str:
         """Which rows of the decoder's input are the tokens' own, or why nobody knows."""
-        mark, shape = embedded.mark, tuple(given.shape)
+        ids, shape, mark = tuple(embedded.ids.shape), tuple(given.shape), embedded.mark
+        unlike = f"{ids} ids are embedded for a decoder input {shape}"
         if mark is None or given.dim() != mark.dim() or given.shape[1] != mark.shape[1]:
-            return f"{tuple(embedded.ids.shape)} ids are embedded for a decoder input {shape}"
+            return unlike
         if given.shape[0] != mark.shape[0]:
             size, rank = tensor_parallel()
             if not self._cut or given.shape[0] * size != mark.shape[0]:
-                return f"{tuple(embedded.ids.shape)} ids are embedded for a decoder input {shape}"
+                return unlike
             mark = mark.chunk(size)[rank]
         embedded.replaced = (given.detach()[..., :_MARK] != mark.to(given.dtype)).any(-1)
         return ""

@@ -20,11 +20,11 @@ from r3patch._errors import ReplayError
 from r3patch.labels.model import MainRouter
 from r3patch.metrics import ExpertLoad
 from r3patch.observe import trace
-from r3patch.observe.stats import ReplayStats
+from r3patch.observe.stats import ENOUGH_ROWS, ReplayStats
 from r3patch.rows.fit import Missing, check_fit
 from r3patch.rows.routes import Routes
 from r3patch.sessions import _preflight
-from r3patch.sessions._alarm import ENOUGH_ROWS, Alarm, AlarmMode
+from r3patch.sessions._alarm import Alarm, AlarmMode
 from r3patch.sessions._measure import Measure, TokenFigures
 from r3patch.sessions._microbatch import DeviceRows, Microbatch, check_size
 from r3patch.sessions._recompute import CallLog, Surroundings, surroundings

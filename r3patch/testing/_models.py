@@ -130,10 +130,10 @@ def make_config(own: dict[str, Any]) -> Any:
 class Sizes(NamedTuple):
     """What the constructor of a model takes and `TransformerConfig` has not."""
 
-    vocab_size: int = VOCABULARY
-    max_sequence_length: int = 512
-    rotary_base: float = 10000.0
-    rotary_percent: float = 1.0
+    vocab_size: int
+    max_sequence_length: int
+    rotary_base: float
+    rotary_percent: float
 
 
 def tiny_model(

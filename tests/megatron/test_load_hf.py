@@ -10,7 +10,8 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
-from checkpoint import batch, log_probs, mtp_log_probs
+from checkpoint import log_probs, mtp_log_probs
+from oracle import batch
 
 import r3patch
 from r3patch import testing

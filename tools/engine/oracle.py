@@ -30,6 +30,17 @@ BF16: dict[str, Any] = {
 PER_MICROBATCH = 4
 
 
+def batch(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What ``GPTModel.forward`` takes for whole samples; the last token has no label."""
+    count, length = tokens.shape
+    return {
+        "input_ids": tokens,
+        "labels": torch.cat([tokens[:, 1:], tokens.new_zeros(count, 1)], dim=1),
+        "position_ids": torch.arange(length).expand(count, length),
+        "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).triu(1),
+    }
+
+
 @dataclass
 class Rollout:
     """What `rollout.py` wrote, decoded: samples, and the routes of each."""
@@ -56,16 +67,10 @@ class Rollout:
             tokens = torch.zeros(count, self.length, dtype=torch.long)
             for row, sample in zip(tokens, samples, strict=False):
                 row[: len(sample["tokens"])] = torch.tensor(sample["tokens"])
-            batch = {
-                "input_ids": tokens,
-                "labels": torch.cat([tokens[:, 1:], tokens.new_zeros(count, 1)], dim=1),
-                "position_ids": torch.arange(self.length).expand(count, -1),
-                "attention_mask": torch.ones(1, 1, self.length, self.length).triu(1).bool(),
-            }
             routes = self.routes[number : number + count]
             like = routes[0]
             empty = [Routes.missing(0, like.layers, like.topk, like.num_experts, tokens=[])]
-            yield batch, routes + empty * (count - len(routes))
+            yield batch(tokens), routes + empty * (count - len(routes))
 
     def placed(self, config: Any) -> list[Routes]:
         """The routes of each microbatch on this rank."""
