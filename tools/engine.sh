@@ -36,12 +36,13 @@ done
 run=.venv/engine-run
 rm -rf $run && mkdir $run
 export TORCHDYNAMO_DISABLE=1 PYTHONDONTWRITEBYTECODE=
-for asked in rollout serve; do
-    $engine/bin/python tools/engine/$asked.py $run/checkpoints $run/payloads >$run/$asked.log 2>&1 || {
-        tail -n 60 $run/$asked.log >&2
-        exit 1
-    }
+asking=()
+for asked in rollout serve; do # each with checkpoints of its own, which the other does not write
+    $engine/bin/python tools/engine/$asked.py $run/$asked $run/payloads >$run/$asked.log 2>&1 &
+    asking+=($!)
 done
+for job in "${asking[@]}"; do wait "$job" || { tail -n 40 $run/*.log >&2 && exit 1; }; done
+mv $run/rollout $run/checkpoints
 if [ "$write" = --write ]; then
     cp $run/payloads/*.json tests/data/engine/
     $engine/bin/python tools/engine/expected.py tests/data/hf/expected.json >$run/expected.log 2>&1

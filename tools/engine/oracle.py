@@ -187,7 +187,6 @@ def compare(rollout: Rollout, chunks: list[torch.nn.Module]) -> Figures:
 class Trained:
     """Of a forward and backward over all microbatches, replayed."""
 
-    dtype: str
     losses: list[float]
     main_replayed: int
     mtp_replayed: int
@@ -203,7 +202,6 @@ def train(rollout: Rollout, chunks: list[torch.nn.Module]) -> Trained:
         losses = testing.train_step(chunks, [batch for batch, _ in rollout.microbatches()])
     main, mtp = session.stats.total("main"), session.stats.total("mtp")
     return Trained(
-        rollout.contents["dtype"],
         [float(loss) for loss in losses],
         main.rows_replayed,
         mtp.rows_replayed,
@@ -227,24 +225,20 @@ def train_a_rank(files: list[Path], checkpoints: Path, cut: dict[str, int]) -> l
 def assert_on_two_ranks(
     files: list[Path], checkpoints: Path, cut: dict[str, int], alone: list[Trained]
 ) -> None:
-    """Under full recompute: the losses of one process, and no MTP row replayed.
-
-    In fp32 no rank's live choice differs from the engine's either; in bf16 sums over ranks round
-    otherwise.
+    """Under full recompute: losses of one process, the engine's rows, and none replayed in MTP.
 
     Args:
-        files: what `rollout.py` or `serve.py` wrote.
+        files: what `rollout.py` wrote in fp32: in bf16, sums over ranks round otherwise.
         checkpoints: the folder of their checkpoints.
         cut: sizes for `testing.megatron_on_cpu`.
         alone: what one process found, by file.
     """
     ranks = testing.run_ranks(train_a_rank, files, checkpoints, cut, timeout=400)
     for whole, *parts in zip(alone, *ranks, strict=True):
-        in_fp32 = whole.dtype == "float32"
         got, want = torch.tensor(parts[-1].losses), torch.tensor(whole.losses)
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if in_fp32 else 0.05)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
         for part in parts:
             assert part.main_replayed > 0
             assert part.mtp_replayed == 0
-            assert part.rows_differing == 0 or not in_fp32
+            assert part.rows_differing == 0
             assert part.rows_differing_in_recompute == 0

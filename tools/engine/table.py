@@ -49,8 +49,13 @@ def table(run: Path, environments: list[Path]) -> Iterator[str]:
     yield ""
     yield HEAD
     yield "| --- " * HEAD.count(" | ") + "| --- |"
-    for environment in environments:
-        yield from replayed(environment, payloads, run / "checkpoints")
+    # Side by side: each of them is a process, or two that wait for one another.
+    running = [replay(environment, payloads, run / "checkpoints") for environment in environments]
+    for environment, process in zip(environments, running, strict=True):
+        output, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{environment}: {output[-6000:]}")
+        yield from (line for line in output.splitlines() if line.startswith("| "))
 
 
 def cases(files: list[Path]) -> Iterator[str]:
@@ -78,19 +83,15 @@ def _choices(sample: dict[str, Any]) -> int:
     return len(sample["response"]["choices"]) if "response" in sample else 1
 
 
-def replayed(environment: Path, payloads: Path, checkpoints: Path) -> list[str]:
+def replay(environment: Path, payloads: Path, checkpoints: Path) -> subprocess.Popen[str]:
     python, script = environment / "bin" / "python", Path(__file__).with_name("replay.py")
-    done = subprocess.run(
+    return subprocess.Popen(
         [python, "-W", "ignore", script, payloads, checkpoints],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
     )
-    if done.returncode:
-        raise SystemExit(f"{environment}: {done.stdout[-6000:]}")
-    return [line for line in done.stdout.splitlines() if line.startswith("| ")]
 
 
 if __name__ == "__main__":
