@@ -75,17 +75,15 @@ class Microbatch:
                 parts["gaps", key] = positions
             if probes:
                 parts["probes", key] = _probes(self.num_tokens, positions, probes)
+        self.checked_tokens = 0  # counted here: a routing call reads no value of a tensor
         if routes.tokens is not None:
-            parts["tokens"] = routes.tokens.masked_fill(~routes.mask.any(dim=1), -1)
+            has_routes = routes.mask.any(dim=1)
+            self.checked_tokens = int(has_routes.sum())
+            parts["tokens"] = routes.tokens.masked_fill(~has_routes, -1)
         self._buffer, views = _pack(list(parts.values()))
         self._parts = dict(zip(parts, views, strict=True))
         self._gap_keys = [id(positions) for positions in gaps]
         self.on_device: DeviceRows | None = None
-
-    @property
-    def checked_tokens(self) -> int:
-        """How many tokens have a route in some layer, and are compared."""
-        return int((self._parts["tokens"] >= 0).sum())
 
     def to_device(self, device: torch.device) -> DeviceRows:
         """Copy the rows without blocking, or give those that are there already."""
@@ -147,17 +145,17 @@ def _between(positions: torch.Tensor, start: int, stop: int, total: int) -> tupl
     """Which of ascending positions below ``total`` lie in ``start:stop``, as a slice."""
     if stop - start == total:
         return 0, len(positions)
-    first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+    first, last = torch.searchsorted(positions, torch.tensor([start, stop], device="cpu")).tolist()
     return first, last
 
 
 def _probes(num_tokens: int, gaps: torch.Tensor | None, count: int) -> torch.Tensor:
     """Up to ``count`` rows with routes, evenly spread; none where there is one only."""
-    rows = torch.arange(num_tokens)
+    rows = torch.arange(num_tokens, device="cpu")
     if gaps is not None:
-        rows = rows[torch.ones(num_tokens, dtype=torch.bool).index_fill(0, gaps, False)]
+        rows = rows[torch.ones_like(rows, dtype=torch.bool).index_fill(0, gaps, False)]
     if len(rows) > count:
-        rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
+        rows = rows[torch.linspace(0, len(rows) - 1, count, device="cpu").long()]
     return rows if len(rows) > 1 else rows[:0]
 
 
@@ -165,7 +163,9 @@ def _pack(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tenso
     """A buffer that holds copies of all parts, pinned where CUDA is there, and views of them."""
     sizes = [part.numel() * part.element_size() for part in parts]
     starts = [0, *itertools.accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
-    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    buffer = torch.empty(
+        starts[-1], dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available()
+    )
     views = []
     for part, start, size in zip(parts, starts, sizes, strict=False):
         view = buffer[start : start + size].view(part.dtype).view(part.shape)
