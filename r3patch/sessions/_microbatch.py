@@ -70,19 +70,21 @@ class Microbatch:
             experts = [router.num_experts for router in routers]
             spread_missing(rows, gaps, experts, ep_size=ep_size)
         parts: dict[object, torch.Tensor] = {"rows": rows}
+        self._gap_keys = [id(positions) for positions in gaps]
+        self.num_probes = 0  # rows of all layers that the alarm looks at
         for key, positions in {id(g): g for g in gaps}.items():  # each different one travels once
             if positions is not None:
                 parts["gaps", key] = positions
             if probes:
-                parts["probes", key] = _probes(self.num_tokens, positions, probes)
-        self.checked_tokens = 0  # counted here: a routing call reads no value of a tensor
+                chosen = parts["probes", key] = _probes(self.num_tokens, positions, probes)
+                self.num_probes += len(chosen) * self._gap_keys.count(key)
+        self.checked_tokens = 0  # those with a route in some layer
         if routes.tokens is not None:
             has_routes = routes.mask.any(dim=1)
             self.checked_tokens = int(has_routes.sum())
             parts["tokens"] = routes.tokens.masked_fill(~has_routes, -1)
         self._buffer, views = _pack(list(parts.values()))
         self._parts = dict(zip(parts, views, strict=True))
-        self._gap_keys = [id(positions) for positions in gaps]
         self.on_device: DeviceRows | None = None
 
     def to_device(self, device: torch.device) -> DeviceRows:
@@ -108,12 +110,6 @@ class Microbatch:
         """Which of the rows of a layer that the alarm looks at lie in ``start:stop``."""
         positions = self._parts["probes", self._gap_keys[column]]
         return _between(positions, start, stop, self.num_tokens)
-
-    @property
-    def num_probes(self) -> int:
-        """Rows of all layers that the alarm looks at."""
-        probes = (self._parts.get(("probes", key)) for key in self._gap_keys)
-        return sum(len(positions) for positions in probes if positions is not None)
 
     def expert_load(self, routes: Routes) -> ExpertLoad:
         """The load of the rollout's rows, and of spread ones as padding; gaps have no ids.
