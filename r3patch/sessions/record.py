@@ -216,6 +216,7 @@ class RecordTap(Tap):
 
     def select(self, call: TopkCall) -> Selection:
         """See `Tap`."""
+        self.refuse_capture(call.scores)
         if not in_recompute():
             self.refuse_second_manager()
         elif surroundings().repeats is None:
