@@ -32,8 +32,8 @@ def _on_gpu(device: torch.device, seconds: float, *, short: bool) -> tuple[Any, 
     except InexactError as error:
         print(f"inexact: {error}", flush=True)
         inexact = True
-    found = sessions.on_gpu(device, seconds / 6, short=short)
     table = router.on_gpu(device, 5 if short else 30, seconds / 2)
+    found = sessions.on_gpu(device, seconds / 6, short=short)
     return table, found, inexact
 
 

@@ -429,11 +429,11 @@ _SMALL: tuple[dict[str, Any], int] = (
 )
 _OF_GPU: tuple[dict[str, Any], int] = (
     {
-        "hidden_size": 2048,
-        "ffn_hidden_size": 4096,
-        "num_attention_heads": 16,
-        "moe_ffn_hidden_size": 1024,
-        "moe_shared_expert_intermediate_size": 1024,
+        "hidden_size": 1024,
+        "ffn_hidden_size": 2048,
+        "num_attention_heads": 8,
+        "moe_ffn_hidden_size": 256,
+        "moe_shared_expert_intermediate_size": 256,
         "num_moe_experts": 32,
         "moe_router_topk": 8,
         "moe_router_dtype": "fp32",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # gpu.sh [tests|bench|all]: what needs a GPU, with the Python of PYTHON, which has torch for CUDA,
 # megatron-core 0.19.2 and pytest. Every file of tests/gpu has a process of its own, all side by
-# side: what breaks a CUDA context breaks one of them. Ends in 6 minutes or less, whatever happens.
+# side: what breaks a CUDA context breaks one of them. Ends in 8 minutes or less, whatever happens.
 # DEVICE=cpu rehearses the tests; OUT is the folder of the logs and of the benchmark's figures.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ if [ "$what" != bench ]; then
     ran=() files=(tests/gpu/test_*.py)
     for file in "${files[@]}"; do
         log=$out/$(basename "$file" .py).log
-        timeout -k 5 "${LIMIT:-150}" "$python" -m pytest -q -p no:cacheprovider --tb=short \
+        timeout -k 5 "${LIMIT:-240}" "$python" -m pytest -q -p no:cacheprovider --tb=short \
             --durations=5 --device "$device" ${SELECT:+-k "$SELECT"} "$file" >"$log" 2>&1 &
         ran+=($!)
     done
@@ -39,7 +39,7 @@ if [ "$what" != bench ]; then
     done
 fi
 if [ "$what" != tests ]; then
-    timeout -k 5 "${BENCH_LIMIT:-200}" "$python" -W ignore benchmarks ${BENCH:-} --device "$device" \
+    timeout -k 5 "${BENCH_LIMIT:-240}" "$python" -W ignore benchmarks ${BENCH:-} --device "$device" \
         --seconds "${SECONDS_OF_BENCH:-120}" --json "$out/bench.json" 2>"$out/bench.err" |
         tee "$out/bench.log" || { status=1 && tail -n 20 "$out/bench.err"; }
 fi

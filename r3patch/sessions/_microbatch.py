@@ -147,17 +147,17 @@ def _between(positions: torch.Tensor, start: int, stop: int, total: int) -> tupl
     """Which of ascending positions below ``total`` lie in ``start:stop``, as a slice."""
     if stop - start == total:
         return 0, len(positions)
-    first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+    first, last = torch.searchsorted(positions, positions.new_tensor([start, stop])).tolist()
     return first, last
 
 
 def _probes(num_tokens: int, gaps: torch.Tensor | None, count: int) -> torch.Tensor:
     """Up to ``count`` rows with routes, evenly spread; none where there is one only."""
-    rows = torch.arange(num_tokens)
+    rows = torch.arange(num_tokens, device="cpu")
     if gaps is not None:
-        rows = rows[torch.ones(num_tokens, dtype=torch.bool).index_fill(0, gaps, False)]
+        rows = rows[torch.ones_like(rows, dtype=torch.bool).index_fill(0, gaps, False)]
     if len(rows) > count:
-        rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
+        rows = rows[torch.linspace(0, len(rows) - 1, count, device="cpu").long()]
     return rows if len(rows) > 1 else rows[:0]
 
 
@@ -165,7 +165,8 @@ def _pack(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tenso
     """A buffer that holds copies of all parts, pinned where CUDA is there, and views of them."""
     sizes = [part.numel() * part.element_size() for part in parts]
     starts = [0, *itertools.accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
-    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    pinned = torch.cuda.is_available()
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
     views = []
     for part, start, size in zip(parts, starts, sizes, strict=False):
         view = buffer[start : start + size].view(part.dtype).view(part.shape)

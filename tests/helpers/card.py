@@ -99,7 +99,8 @@ def waits(mode: str = "warn") -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    said = "called a synchronizing CUDA operation"
+    found += [f"{w.filename}:{w.lineno}" for w in caught if said in str(w.message)]
 
 
 def keep_busy(milliseconds: float = 100.0) -> None:
