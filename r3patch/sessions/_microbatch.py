@@ -141,7 +141,7 @@ def _between(positions: torch.Tensor, start: int, stop: int, total: int) -> tupl
     """Which of ascending positions below ``total`` lie in ``start:stop``, as a slice."""
     if stop - start == total:
         return 0, len(positions)
-    first, last = torch.searchsorted(positions, torch.tensor([start, stop], device="cpu")).tolist()
+    first, last = torch.searchsorted(positions, positions.new_tensor([start, stop])).tolist()
     return first, last
 
 
@@ -159,9 +159,8 @@ def _pack(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tenso
     """A buffer that holds copies of all parts, pinned where CUDA is there, and views of them."""
     sizes = [part.numel() * part.element_size() for part in parts]
     starts = [0, *itertools.accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
-    buffer = torch.empty(
-        starts[-1], dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available()
-    )
+    pinned = torch.cuda.is_available()
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
     views = []
     for part, start, size in zip(parts, starts, sizes, strict=False):
         view = buffer[start : start + size].view(part.dtype).view(part.shape)

@@ -464,6 +464,7 @@ class ReplayTap(Tap):
 
     def select(self, call: TopkCall) -> Selection:
         """See `Tap`."""
+        self.refuse_capture(call.scores)
         around = surroundings()
         with unseen():
             ids = self._forward(call, around) if around.forward else self._recompute(call, around)
