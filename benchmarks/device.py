@@ -32,7 +32,7 @@ def megatron_on(device: torch.device) -> Iterator[None]:
         return
     from megatron.core import tensor_parallel
 
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device.index or 0)
     with _parallel_state():
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         yield
