@@ -27,6 +27,27 @@ __all__ = ["DeviceRows", "Microbatch", "check_size"]
 _ALIGN = 8  # bytes: where a section of the buffer may begin, for any dtype to view it
 
 
+class _Copy(NamedTuple):
+    """A copy to a GPU that one of its streams runs, later than the host."""
+
+    buffer: torch.Tensor
+    stream: torch.cuda.Stream
+    done: torch.cuda.Event
+
+    @classmethod
+    def to(cls, buffer: torch.Tensor) -> _Copy:
+        """What the current stream was told last is the copy into this buffer."""
+        stream = torch.cuda.current_stream(buffer.device)
+        return cls(buffer, stream, stream.record_event())
+
+    def wait(self) -> None:
+        """Let the current stream wait, if it is another: it would read what is not there yet."""
+        stream = torch.cuda.current_stream(self.buffer.device)
+        if stream != self.stream:
+            stream.wait_event(self.done)
+            self.buffer.record_stream(stream)  # or it is freed while that stream still reads it
+
+
 class DeviceRows(NamedTuple):
     """What the routers of a chunk take, on their device; an entry per layer."""
 
@@ -38,6 +59,14 @@ class DeviceRows(NamedTuple):
     """``[n] int64``: a few rows with routes, for the alarm; None where it does not look."""
     tokens: torch.Tensor | None
     """``[num_tokens] int32``: what the rows were computed for, -1 without a route in any layer."""
+    copy: _Copy | None
+    """None on a CPU, where nothing runs later than the host."""
+
+    def on_this_stream(self) -> DeviceRows:
+        """These rows, for the stream that is current to read."""
+        if self.copy is not None:
+            self.copy.wait()
+        return self
 
 
 class Microbatch:
@@ -91,11 +120,12 @@ class Microbatch:
         """Copy the rows without blocking, or give those that are there already."""
         if self.on_device is None:
             buffer = self._buffer.to(device, non_blocking=True)
+            copy = _Copy.to(buffer) if buffer.is_cuda else None
             there = {name: _moved(view, buffer) for name, view in self._parts.items()}
             gaps = [there.get(("gaps", key)) for key in self._gap_keys]
             probes = [there.get(("probes", key)) for key in self._gap_keys]
             self.on_device = DeviceRows(
-                there["rows"].unbind(0), tuple(gaps), tuple(probes), there.get("tokens")
+                there["rows"].unbind(0), tuple(gaps), tuple(probes), there.get("tokens"), copy
             )
         return self.on_device
 

@@ -114,6 +114,30 @@ def test_many_microbatches_behind_a_busy_stream(sides: int, device: torch.device
     assert_same_sets(as_routes(maps), rows)
 
 
+def test_routers_of_a_microbatch_on_streams_of_their_own(
+    device: torch.device, on_card: None
+) -> None:
+    """The rows travel on the first router's stream, which is busy; the others wait for them."""
+    stack = Stack("softmax", LAYERS).to(device)
+    xs, maps = inputs(stack, device, 1), noted(stack)
+    rows = [
+        random_routes(stack.layers, TOKENS, experts=EXPERTS, topk=TOPK, seed=seed)
+        for seed in range(MANY)
+    ]
+    sides = streams(LAYERS)
+    torch.cuda.synchronize()
+    with r3patch.replay(stack) as session, torch.no_grad():
+        for number, routes in enumerate(rows):
+            session.feed(routes)
+            for layer, router in enumerate(stack.routers):
+                with torch.cuda.stream(sides[(number + layer) % LAYERS]):
+                    if layer == 0:
+                        keep_busy(5)
+                    router(xs[0])
+    torch.cuda.synchronize()
+    assert_same_sets(as_routes(maps), rows)
+
+
 @pytest.mark.parametrize("kind", ["R", "N", "M"])
 def test_a_recompute_copies_old_rows_again(kind: str, device: torch.device) -> None:
     """Eight forwards, then their backwards from the first on: more rows than the device keeps."""
