@@ -73,6 +73,7 @@ def walks(layers: int, experts: int, repeats: int, device: torch.device = CPU) -
         num_moe_experts=experts,
         moe_router_topk=2,
         mtp_num_layers=None,
+        multi_latent_attention=False,
     )
     model.to(device)
     (batch,) = testing.random_batches(num_microbatches=1, micro_batch_size=1, seq_length=2)
@@ -323,6 +324,7 @@ def _counts_with_tokens(microbatches: int, length: int) -> tuple[int, int]:
         num_layers=3,
         moe_layer_freq=[1] * 3,
         mtp_num_layers=None,
+        multi_latent_attention=False,
         num_moe_experts=EXPERTS,
         moe_router_topk=TOPK,
         recompute_granularity="full",
@@ -457,6 +459,7 @@ def step(
             num_layers=4,
             moe_layer_freq=[1] * 4,
             mtp_num_layers=None,
+            multi_latent_attention=False,
             max_sequence_length=max(512, length),
             **fields,
         )

@@ -59,7 +59,12 @@ def build(**overrides: Any) -> Any:  # torch types attributes of a module as Ten
 
     MTPLossLoggingHelper.tracker.clear()  # it keeps the number of depths of the first model
     torch.manual_seed(0)
-    config = {"num_layers": 3, "num_moe_experts": EXPERTS, **overrides}
+    own: dict[str, Any] = {
+        "num_layers": 3,
+        "num_moe_experts": EXPERTS,
+        "multi_latent_attention": False,
+    }
+    config = {**own, **overrides}
     (model,) = testing.tiny_model(**config)
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
