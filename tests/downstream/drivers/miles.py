@@ -9,18 +9,19 @@ from typing import Any, ClassVar
 
 import torch
 from contract import Driver, Rollout
-from loading import stub, use_package
+from loading import stub
 from samples import Samples
 
 NAME = "miles"
+PACKAGE = "miles"
 FOLDERS = ("miles",)
-PATCHED = (False,)  # its fork of Megatron is a repository of its own
+PATCHED = (False, True)
+FORKS = ("Megatron-LM-miles",)
 PIPELINE = True
 OWN_FAULTS: dict[str, str] = {}
 
 
 def open(checkout: Path, patched: bool) -> Driver:  # noqa: A001
-    use_package("miles", checkout)
     one = SimpleNamespace(rank=0, size=1)
     state = SimpleNamespace(tp=one, cp=one)
     stub("miles.backends.training_utils.parallel", get_parallel_state=lambda: state)
