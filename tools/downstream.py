@@ -90,11 +90,14 @@ def _file(*, governed: bool) -> Path:
 
 
 def fault(answer: Answer) -> bool:
-    """Whether r3patch has to answer for it: an error, an MTP call, a main call of a fair cell."""
+    """Whether r3patch has to answer for it: an error, an MTP call, a main call of a fair cell.
+
+    A cell without an MTP call shows nothing, and counts as one.
+    """
     if "absent" in answer:
         return False
     main = answer.get("main_wrong") and not answer["own_fault"]
-    return bool("error" in answer or main or answer["mtp_bits"])
+    return bool("error" in answer or main or answer["mtp_bits"] or not answer["mtp"])
 
 
 def title(answer: Answer) -> str:

@@ -196,7 +196,7 @@ def _environment(version: str) -> str:
     python = str(found[-1]) if found else shutil.which(f"python{version}")
     if python is None:
         raise SystemExit(f"there is no Python {version} on this machine")
-    command = [ROOT / "tools" / "venv.sh", "dev", python]
+    command = [str(ROOT / "tools" / "venv.sh"), "dev", python]
     made = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return str(ROOT / made.stdout.strip() / "bin" / "python")
 
