@@ -501,6 +501,8 @@ class ReplayTap(Tap):
 
     def _recompute(self, call: TopkCall, around: Surroundings) -> torch.Tensor:
         rows = self._calls.recompute(self._router.name, around)
+        if rows.first:
+            self.refuse_second_manager()
         self.recompute_calls += 1
         if rows.stop - rows.start != call.scores.shape[0]:
             raise ReplayError(
