@@ -71,6 +71,22 @@ def test_a_failed_forward_is_rewound(failing: int, recompute: Any, error: Any) -
     assert_close(run(True)[1], run(False)[1])
 
 
+def test_a_failed_forward_behind_its_routers_is_rewound() -> None:
+    """All of them have taken the microbatch when the head fails: they take it again."""
+    model = build()
+    calls = Calls(model)
+    microbatches = [random_routes(model, seed) for seed in (11, 12)]
+    with r3patch.replay(model, microbatches):
+        handle = model.output_layer.register_forward_pre_hook(raising(StopHereError))
+        with pytest.raises(StopHereError):
+            loss_of(model, 1)
+        handle.remove()
+        calls.clear()
+        loss_of(model, 1)
+        loss_of(model, 2)
+    assert_maps(calls.main(in_backward=False), microbatches)
+
+
 def in_a_thread(run: Callable[[], Any]) -> None:
     """In one that is gone then."""
     with ThreadPoolExecutor(1) as pool:
