@@ -49,11 +49,12 @@ def test_tokens_do_not_keep_rows_on_the_device() -> None:
         microbatches.append(
             Routes(routes.experts, routes.layers, num_experts=EXPERTS, tokens=ids.t().reshape(-1))
         )
-    with r3patch.replay(model, microbatches):
+    with r3patch.replay(model, microbatches) as session:
         losses = [loss_of(model, seed) for seed in range(4)]
         assert on_device() == 2
         torch.stack(losses).sum().backward(retain_graph=True)
-    assert on_device() == 0  # whoever keeps the graph
+    assert on_device() == 0  # while somebody keeps the graph and the session
+    assert session.stats.total("main").recompute_calls == 4 * len(microbatches[0].layers)
 
 
 def on_device() -> int:
