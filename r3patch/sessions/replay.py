@@ -374,7 +374,7 @@ class MicrobatchQueue:
         Raises:
             ReplayError: with the router that is behind.
         """
-        if not self.chunk.main or (self._current == self.given and not self._taken and self.given):
+        if not self.chunk.main or 0 < self.given == self._current:
             return
         if not self.given:
             raise ReplayError(
