@@ -190,7 +190,7 @@ class Recording:
                 "chunk that the session was opened on."
             )
         narrow = ids.detach().to(stored_dtype(router.num_experts))
-        host = torch.empty(narrow.shape, dtype=narrow.dtype, pin_memory=narrow.is_cuda)
+        host = torch.empty_like(narrow, device="cpu", pin_memory=narrow.is_cuda)
         host.copy_(narrow, non_blocking=True)
         self._pieces[router.layer_number].append((self._open, host))
 
@@ -216,6 +216,7 @@ class RecordTap(Tap):
 
     def select(self, call: TopkCall) -> Selection:
         """See `Tap`."""
+        self.refuse_capture(call.scores)
         self.refuse_second_manager()
         if in_recompute() and surroundings().repeats is None:
             raise ReplayError(

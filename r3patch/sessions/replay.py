@@ -359,7 +359,7 @@ class MicrobatchQueue:
                 while len(self._recent) > _KEPT_ON_DEVICE:
                     self._recent.pop(0).on_device = None
                 self.seconds += time.perf_counter() - began
-        return rows
+        return rows.on_this_stream()
 
     def release(self) -> None:
         """Free the rows: the user may keep the session for its figures."""
@@ -374,7 +374,7 @@ class MicrobatchQueue:
         Raises:
             ReplayError: with the router that is behind.
         """
-        if not self.chunk.main or (self._current == self.given and not self._taken and self.given):
+        if not self.chunk.main or 0 < self.given == self._current:
             return
         if not self.given:
             raise ReplayError(
@@ -464,6 +464,7 @@ class ReplayTap(Tap):
 
     def select(self, call: TopkCall) -> Selection:
         """See `Tap`."""
+        self.refuse_capture(call.scores)
         around = surroundings()
         with unseen():
             ids = self._forward(call, around) if around.forward else self._recompute(call, around)
