@@ -117,13 +117,13 @@ def test_an_entry_that_fails_half_way_is_taken_back(
     model = build()
     session = r3patch.replay(model, [random_routes(model, 11)])
 
-    watch = _session.ForwardPasses.watch
+    watch = ForwardPasses.watch
 
     def fail(passes: Any, chunk: Any) -> None:
         watch(passes, chunk)
         raise error
 
-    monkeypatch.setattr(_session.ForwardPasses, "watch", fail)
+    monkeypatch.setattr(ForwardPasses, "watch", fail)
     with pytest.raises(error):
         session.open()
     assert_untouched(model)
