@@ -166,9 +166,7 @@ def draw(seed: int) -> Case:
         healthy=rng.random() < 0.3,
         ragged=rng.random() < 0.3,
     )
-    # A chunk whose pass has ended cannot know that a later chunk's failed and both are retried.
-    retried = re.search(r"f\d+!", schedule)
-    if isinstance(nest, tuple) and len(nest) > 1 and not retried and rng.random() < 0.3:
+    if isinstance(nest, tuple) and len(nest) > 1 and rng.random() < 0.3:
         case = replace(case, split=len(list(leaves(nest[:1]))))
     return case
 

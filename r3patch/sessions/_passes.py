@@ -1,7 +1,9 @@
 """Where a forward pass of a chunk begins and ends, and whether it ended well.
 
 The routers of a chunk take a microbatch together or not at all, and a pass that an exception ends
-is taken back: its retry takes the same rows. (Figures count what was routed, so both passes.)
+is taken back: its retry takes the same rows. (Figures count what was routed, so both passes.) Of
+several chunks the one that failed goes on first. Another one's pass of the same microbatch may have
+returned, and whether its next is a retry or the next microbatch cannot be seen.
 Schedules that call a chunk layer by layer (combined 1F1B,
 megatron/core/models/common/model_chunk_schedule_plan.py) never call its forward; there no pass is
 known, and what the routers ask for has to speak for itself.
@@ -35,12 +37,21 @@ class Listener(Protocol):
 
 
 class ForwardPasses:
-    """Tells a listener of the forward passes of one chunk, but not of those inside backward."""
+    """Tells a listener of the forward passes of one chunk, but not of those inside backward.
 
-    def __init__(self, name: str, listener: Listener) -> None:
+    Args:
+        name: of the chunk; no other one of the session has it.
+        listener: what is told.
+        unreturned: shared by the chunks of a session. By name, the thread that is in a pass; None
+            if the last pass has raised.
+    """
+
+    def __init__(
+        self, name: str, listener: Listener, unreturned: dict[str, threading.Thread | None]
+    ) -> None:
         self._name = name
         self._listener = listener
-        self._thread: threading.Thread | None = None  # the one that runs the pass that is open
+        self._unreturned = unreturned
 
     def watch(self, chunk: nn.Module) -> None:
         """Hook the chunk."""
@@ -62,28 +73,45 @@ class ForwardPasses:
         if in_recompute():
             return  # the recompute of a checkpoint around the whole chunk
         here = threading.current_thread()
-        if self._thread is not None and self._thread is not here and self._thread.is_alive():
-            raise ReplayError(
-                f"two threads ({self._thread.name} and {here.name}) run a forward pass of "
-                f"{self._name} at the same time: which of them takes which microbatch is not "
-                "known. Run one after the other."
-            )
-        if self._thread is not None:  # left by an exception that calls no hook: KeyboardInterrupt
+        for name, thread in tuple(self._unreturned.items()):
+            if thread is None or thread is here or not thread.is_alive():
+                self._go_on_before(name)
+            elif name == self._name:
+                raise ReplayError(
+                    f"two threads ({thread.name} and {here.name}) run a forward pass of {name} at "
+                    "the same time: which of them takes which microbatch is not known. Run one "
+                    "after the other."
+                )
+        if self._running() is not None:  # left by what calls no hook: KeyboardInterrupt
             self._listener.rollback()
-        self._thread = here
+        self._unreturned[self._name] = here
         self._listener.begin()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _commit(self, chunk: Any, args: Any, output: Any) -> None:
-        if self._thread is threading.current_thread() and not in_recompute():
+        if self._running() is threading.current_thread() and not in_recompute():
             self._listener.commit()
-            self._thread = None
+            del self._unreturned[self._name]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, chunk: Any, args: Any, output: Any) -> None:
-        if self._thread is threading.current_thread() and not in_recompute():
-            self._thread = None
+        if self._running() is threading.current_thread() and not in_recompute():
+            self._unreturned[self._name] = None
             self._listener.rollback()
+
+    def _go_on_before(self, failed: str) -> None:
+        """After a pass that did not return only the same chunk may begin one."""
+        if failed != self._name:
+            raise ReplayError(
+                f"a forward pass of {self._name} begins, but the last one of {failed} did not "
+                f"return. Whether {self._name} is to take the same microbatch once more or the "
+                f"next one is not known. Call {failed} again first, or open a new session for the "
+                "retry."
+            )
+
+    def _running(self) -> threading.Thread | None:
+        """The thread that runs the pass that is open."""
+        return self._unreturned.get(self._name)
 
 
 def innermost(chunk: nn.Module) -> nn.Module:

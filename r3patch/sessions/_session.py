@@ -125,6 +125,7 @@ class Session:
         self._taps: list[Tap] = []
         self._main: list[MainRouter] = []
         self._notes: dict[str, float] = {}
+        self._unreturned: dict[str, threading.Thread | None] = {}  # see ForwardPasses
         self._lifetime = Lifetime(kind)
         # At exit of the interpreter, everything is collected: no news then.
         self._forgotten = weakref.finalize(self, self._lifetime.collected)
@@ -165,7 +166,7 @@ class Session:
                 tap = Tap(info, plan.chunk.index) if tap is None else tap
                 self._set(info.module, "router_replay", tap)
                 self._taps.append(tap)
-        passes = ForwardPasses(plan.chunk.name, plan.listener)
+        passes = ForwardPasses(plan.chunk.name, plan.listener, self._unreturned)
         self._lifetime.undo(functools.partial(passes.unwatch, plan.chunk.module))
         passes.watch(plan.chunk.module)
         if plan.tokens is not None:

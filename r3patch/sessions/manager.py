@@ -76,8 +76,8 @@ def replay(
         session.stats.total("main").rows_replayed
 
     The i-th forward pass of each chunk takes the i-th microbatch, evaluation passes included. A
-    pass that ends by an exception is rewound: its retry takes the same rows. Gate weights are
-    computed from the live scores, so gradients reach the routers.
+    pass that ends by an exception is rewound: its retry takes the same rows, and no other chunk may
+    go on before. Gate weights are computed from the live scores, so gradients reach the routers.
 
     Args:
         model: a module or a list of chunks (virtual pipeline), wrapped (DDP, Float16Module) or not.
@@ -108,9 +108,10 @@ def replay(
         RoutesError: on entering or at ``feed``, besides the errors that `record` has there: a
             microbatch does not fit the model (a layer without a column, another topk or number of
             experts, rows without routes under ``missing="error"``).
-        ReplayError: in the block: a call has no rows or another number of tokens, or a recompute
-            cannot be matched to its forward. On leaving it: a router has not taken every
-            microbatch, rows belong to other tokens, or the alarm rang and is to raise.
+        ReplayError: in the block: a call has no rows or another number of tokens, a recompute
+            cannot be matched to its forward, or a chunk goes on before one whose pass failed. On
+            leaving it: a router has not taken every microbatch, rows belong to other tokens, or
+            the alarm rang and is to raise.
     """
     if isinstance(microbatches, Routes):
         raise ReplayError("replay() got one Routes; it takes a list, one for each microbatch.")

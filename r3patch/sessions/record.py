@@ -217,9 +217,8 @@ class RecordTap(Tap):
     def select(self, call: TopkCall) -> Selection:
         """See `Tap`."""
         self.refuse_capture(call.scores)
-        if not in_recompute():
-            self.refuse_second_manager()
-        elif surroundings().repeats is None:
+        self.refuse_second_manager()
+        if in_recompute() and surroundings().repeats is None:
             raise ReplayError(
                 f"{self._router.name}: a call inside backward repeats no checkpointed region that "
                 "is known. A forward pass in a backward hook would not be recorded: run it outside."

@@ -374,7 +374,7 @@ class MicrobatchQueue:
         Raises:
             ReplayError: with the router that is behind.
         """
-        if not self.chunk.main or (self._current == self.given and not self._taken and self.given):
+        if not self.chunk.main or 0 < self.given == self._current:
             return
         if not self.given:
             raise ReplayError(
@@ -501,6 +501,8 @@ class ReplayTap(Tap):
 
     def _recompute(self, call: TopkCall, around: Surroundings) -> torch.Tensor:
         rows = self._calls.recompute(self._router.name, around)
+        if rows.first:
+            self.refuse_second_manager()
         self.recompute_calls += 1
         if rows.stop - rows.start != call.scores.shape[0]:
             raise ReplayError(

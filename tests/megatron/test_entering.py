@@ -8,6 +8,7 @@ import itertools
 import logging
 import sys
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from tiny import (
 
 import r3patch
 from r3patch import Routes
+from r3patch.sessions import _preflight, _session
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
@@ -76,8 +78,10 @@ def test_sessions_that_are_left_say_nothing() -> None:
 # One lock, and no interrupt between
 
 
-def test_two_threads_enter_one_model() -> None:
+def test_two_threads_enter_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """One gets in, the other is refused; afterwards no tap is left."""
+    # The last of the checks, slowed down: the other thread is in the middle of entering, too.
+    monkeypatch.setattr(_preflight, "require_moe", lambda *_: time.sleep(0.01))
     model = build()
     for _ in range(20):
         meet = threading.Barrier(2, timeout=60)
@@ -103,6 +107,43 @@ def test_two_threads_enter_one_model() -> None:
             thread.join()
         assert sorted(outcomes) == ["in", "refused"]
         assert_untouched(model)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_entry_that_fails_half_way_is_taken_back(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not when the session is collected: somebody may hold it."""
+    model = build()
+    session = r3patch.replay(model, [random_routes(model, 11)])
+
+    watch = ForwardPasses.watch
+
+    def fail(passes: Any, chunk: Any) -> None:
+        watch(passes, chunk)
+        raise error
+
+    monkeypatch.setattr(ForwardPasses, "watch", fail)
+    with pytest.raises(error):
+        session.open()
+    assert_untouched(model)
+
+
+def test_an_interrupt_on_leaving_stops_nothing() -> None:
+    """What is left to take back is taken back; then the interrupt goes on its way."""
+    lifetime, done = _session.Lifetime("replay"), []
+
+    def interrupt_once() -> None:
+        done.append("second")
+        if done.count("second") == 1:
+            raise KeyboardInterrupt
+
+    lifetime.undo(lambda: done.append("first"))
+    lifetime.undo(interrupt_once)
+    lifetime.undo(lambda: done.append("third"))
+    with pytest.raises(KeyboardInterrupt):
+        lifetime.close()
+    assert done == ["third", "second", "second", "first"]
 
 
 def interrupted_at(number: int, call: Callable[[], None]) -> bool:
@@ -219,6 +260,7 @@ def test_a_scoring_pass_keeps_nothing() -> None:
             gc.collect()
             kept.append(tensors_of_ours())
     assert kept == sorted(kept, reverse=True)
+    assert kept[-1] < kept[0]
 
 
 def test_a_session_does_not_keep_its_model() -> None:

@@ -54,6 +54,22 @@ def test_chunked_mlp(recompute: Any) -> None:
 
 
 @pytest.mark.feature("config:mlp_chunks_for_training")
+@RECOMPUTE
+def test_chunked_mlp_with_rows_without_routes(recompute: Any) -> None:
+    """The rows in which Megatron chooses are those of the whole microbatch, piece by piece."""
+
+    def run(**overrides: Any) -> list[torch.Tensor]:
+        model = build(**overrides)
+        calls = Calls(model)
+        with r3patch.replay(model, [with_gaps(random_routes(model, 11))]):
+            loss_of(model, 1).backward()
+        return [torch.cat(maps) for maps in calls.main(in_backward=False).values()]
+
+    for got, want in zip(run(mlp_chunks_for_training=5, **recompute), run(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.feature("config:mlp_chunks_for_training")
 def test_chunked_mlp_is_recorded_whole() -> None:
     """Recording a chunked MLP gives one Routes per microbatch, as without chunks."""
     recorded = []
@@ -127,8 +143,10 @@ def test_spread_rows_are_distinct_and_balanced() -> None:
     model = build()
     routes = Routes.missing(TOKENS, layers(model), TOPK, EXPERTS)
     calls = Calls(model)
-    with r3patch.replay(model, [routes], missing="spread"):
+    with r3patch.replay(model, [routes], missing="spread") as session:
         step(model, (1,))
+    total = session.stats.total("main")
+    assert (total.rows_spread, total.rows_live) == (len(routes.layers) * TOKENS, 0)
     for (routing_map,) in calls.main(in_backward=False).values():
         assert (routing_map.sum(1) == TOPK).all()
         load = routing_map.sum(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -67,6 +69,79 @@ def test_a_failed_forward_is_rewound(failing: int, recompute: Any, error: Any) -
         return calls, gradients(model)
 
     assert_close(run(True)[1], run(False)[1])
+
+
+def test_a_failed_forward_behind_its_routers_is_rewound() -> None:
+    """All of them have taken the microbatch when the head fails: they take it again."""
+    model = build()
+    calls = Calls(model)
+    microbatches = [random_routes(model, seed) for seed in (11, 12)]
+    with r3patch.replay(model, microbatches):
+        handle = model.output_layer.register_forward_pre_hook(raising(StopHereError))
+        with pytest.raises(StopHereError):
+            loss_of(model, 1)
+        handle.remove()
+        calls.clear()
+        loss_of(model, 1)
+        loss_of(model, 2)
+    assert_maps(calls.main(in_backward=False), microbatches)
+
+
+def in_a_thread(run: Callable[[], Any]) -> None:
+    """In one that is gone then."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [(StopHereError, in_a_thread), (Interrupt, in_a_thread), (Interrupt, lambda run: run())],
+    ids=["raised", "left with its thread", "left"],
+)
+@pytest.mark.parametrize("kind", ["replay", "record"])
+def test_of_several_chunks_the_one_that_failed_goes_on_first(
+    kind: str, error: type[BaseException], place: Any
+) -> None:
+    """A retry from the first chunk would take the next microbatch there: refused at once."""
+    chunks = [build(num_layers=2, moe_layer_freq=freq) for freq in ([1, 0], [0, 1])]
+    calls = [Calls(chunk) for chunk in chunks]
+    wanted = [[random_routes(chunk, seed) for seed in (11, 12)] for chunk in chunks]
+    router = r3patch.routers(chunks[1], "main")[0].module
+    opened: Any = r3patch.record(chunks) if kind == "record" else r3patch.replay(chunks, [])
+    with opened as session:
+        for number in range(2 * (kind == "replay")):
+            for chunk, routes in zip(chunks, wanted, strict=True):
+                session.feed(routes[number], chunk)
+        loss_of(chunks[0], 1)
+        handle = router.register_forward_pre_hook(raising(error))
+        with pytest.raises(error):
+            place(lambda: loss_of(chunks[1], 1))
+        handle.remove()
+        for _ in range(2):
+            with pytest.raises(r3patch.ReplayError, match=r"of chunk 0 .* last one of chunk 1 "):
+                loss_of(chunks[0], 1)
+        calls[1].clear()
+        loss_of(chunks[1], 1)
+        loss_of(chunks[0], 2)
+        loss_of(chunks[1], 2)
+    if kind == "record":
+        assert [routes.layers for routes in session.routes] == [(1, 2)] * 2
+    else:
+        for of_chunk, routes in zip(calls, wanted, strict=True):
+            assert_maps(of_chunk.main(in_backward=False), routes)
+
+
+def test_two_chunks_at_the_same_time() -> None:
+    """Each in a thread of its own, one inside the other's pass: each takes its own rows."""
+    chunks = [build(), build()]
+    calls = [Calls(chunk) for chunk in chunks]
+    routes = random_routes(chunks[0], 11)
+    router = r3patch.routers(chunks[1], "main")[1].module
+    router.register_forward_pre_hook(lambda *_: in_a_thread(lambda: loss_of(chunks[0], 1)))
+    with r3patch.replay(chunks, [routes]):
+        loss_of(chunks[1], 1)
+    for of_chunk in calls:
+        assert_maps(of_chunk.main(in_backward=False), [routes])
 
 
 def test_an_inner_module_called_by_itself_is_refused_when_it_fails() -> None:

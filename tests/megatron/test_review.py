@@ -36,7 +36,7 @@ def test_spread_rows_are_not_measured() -> None:
         loss_of(model, 1)
     total = session.stats.total("main")
     assert total.rows_measured == total.rows_replayed == len(own.layers) * TOKENS // 4
-    assert total.rows_differing == 0
+    assert (total.rows_differing, total.overlap) == (0, 1)
     assert list(session.stats.tokens) == valid.int().tolist()
 
 
@@ -49,11 +49,12 @@ def test_tokens_do_not_keep_rows_on_the_device() -> None:
         microbatches.append(
             Routes(routes.experts, routes.layers, num_experts=EXPERTS, tokens=ids.t().reshape(-1))
         )
-    with r3patch.replay(model, microbatches):
+    with r3patch.replay(model, microbatches) as session:
         losses = [loss_of(model, seed) for seed in range(4)]
         assert on_device() == 2
-        torch.stack(losses).sum().backward()
-    assert on_device() == 0
+        torch.stack(losses).sum().backward(retain_graph=True)
+    assert on_device() == 0  # while somebody keeps the graph and the session
+    assert session.stats.total("main").recompute_calls == 4 * len(microbatches[0].layers)
 
 
 def on_device() -> int:
@@ -66,6 +67,14 @@ def test_an_empty_side_is_a_wrong_size(total: int, num_tokens: int) -> None:
     """A call or a microbatch of no tokens is refused by name, not by a division by zero."""
     with pytest.raises(r3patch.ReplayError, match=f"routes {num_tokens} tokens, .* has {total} "):
         check_size(total, 0, num_tokens, 1, "decoder.router")
+
+
+@pytest.mark.parametrize("num_tokens", [6, 8])
+def test_a_piece_of_another_size_than_the_one_before_is_refused(num_tokens: int) -> None:
+    """Twelve tokens in three pieces of a chunked MLP are four each, or six, six, or all."""
+    check_size(12, 4, 4, 3, "decoder.router")
+    with pytest.raises(r3patch.ReplayError, match=f"routes {num_tokens} tokens, .* 8 rows left"):
+        check_size(12, 4, num_tokens, 3, "decoder.router")
 
 
 def test_a_microbatch_of_no_tokens() -> None:

@@ -309,6 +309,16 @@ def test_fusion_is_off_for_the_session_only() -> None:
         assert info.module.config is model.config
 
 
+def test_routers_that_are_left_alone_keep_the_fused_kernel() -> None:
+    """An MTP router's bits in a session are those outside of it."""
+    model = build()
+    model.config.moe_router_fusion = True
+    session = r3patch.replay(model, []).open()
+    fused = {i.scope: i.module.config.moe_router_fusion for i in r3patch.routers(model)}
+    assert fused == {"main": False, "mtp": True}
+    session.close(StopIteration())
+
+
 def vars_of(config: Any) -> dict[str, Any]:
     import dataclasses
 

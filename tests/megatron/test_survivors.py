@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import (
     EXPERTS,
+    TOKENS,
     Calls,
     assert_close,
     assert_maps,
@@ -127,6 +128,15 @@ def test_token_0_is_a_token() -> None:
         loss_of(model, 1)
 
 
+def test_rows_of_mtp_are_counted_as_live() -> None:
+    """Row by row, as those of main routers: a call of 24 tokens is 24."""
+    model = build()
+    with r3patch.replay(model, [random_routes(model, 11)]) as session:
+        loss_of(model, 1)
+    mtp = session.stats.total("mtp")
+    assert (mtp.forward_calls, mtp.rows_live, mtp.rows_replayed) == (1, TOKENS, 0)
+
+
 def test_each_chunk_is_fed_its_own() -> None:
     """feed(chunk=) reaches that chunk, in whatever order the chunks run."""
     first, second = build(), build()
@@ -160,10 +170,23 @@ def test_routers_called_by_themselves_are_microbatches_of_their_own() -> None:
     """Where no pass of the chunk is seen, every call of a router is recorded as one microbatch."""
     model = build()
     with r3patch.record(model) as recording:
+        handle = model.output_layer.register_forward_pre_hook(stop)
+        with pytest.raises(StopHereError):
+            loss_of(model, 1)
+        handle.remove()  # the pass is over, and these calls are no part of it
         for length in (12, 6):
             for info in r3patch.routers(model, "main"):
                 info.module(torch.zeros(length, 2, model.config.hidden_size))
     assert [routes.num_tokens for routes in recording.routes] == [24, 12]
+
+
+def test_a_recording_has_its_layers_in_order() -> None:
+    """Whatever the order in which the chunks are listed."""
+    first, second = (build(num_layers=2, moe_layer_freq=freq) for freq in ([1, 0], [0, 1]))
+    with r3patch.record([second, first]) as recording:
+        loss_of(first, 1)
+        loss_of(second, 1)
+    assert [routes.layers for routes in recording.routes] == [(1, 2)]
 
 
 @pytest.mark.feature("config:mlp_chunks_for_training")

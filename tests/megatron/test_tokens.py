@@ -19,6 +19,7 @@ from tiny import (
     loss_of,
     random_routes,
 )
+from torch.utils.checkpoint import checkpoint
 
 import r3patch
 from r3patch import Routes
@@ -157,6 +158,41 @@ def test_a_failed_pass_does_not_shift_the_comparison() -> None:
     assert session.stats.token_checks[0].checked == 2 * BATCH * (LENGTH - 1)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["plain", "in_a_checkpoint"])
+def test_tokens_where_no_pass_is_seen(whole: bool) -> None:
+    """As in combined 1F1B: ids that MTP or a recompute embeds again excuse no others."""
+    model = build(num_layers=4)
+    microbatches = place(samples_of(model))
+
+    def forward(seed: int) -> torch.Tensor:
+        loss: torch.Tensor = model.forward(**batch(seed)).mean()  # calls no hook of the model
+        return loss
+
+    def run() -> None:
+        with r3patch.replay(model, microbatches, tokens="strict"):
+            loss = checkpoint(forward, 1, use_reentrant=False) if whole else forward(1)
+            loss.backward()
+            forward(1)
+
+    with pytest.raises(r3patch.ReplayError, match="microbatch 1, row 0: its routes are those"):
+        run()
+
+
+def test_one_other_token_is_not_another_microbatch() -> None:
+    """Rows that are nearly those of their own microbatch are not told to be of another order."""
+    model = build()
+    (routes,) = place(samples_of(model, (1,)))
+    tokens = routes.tokens
+    assert tokens is not None
+    tokens[6] += 1
+    routes = Routes(routes.experts, routes.layers, routes.valid, num_experts=16, tokens=tokens)
+    with (
+        pytest.raises(r3patch.ReplayError, match="Other tokens in rows 6 to 6"),
+        r3patch.replay(model, [routes]),
+    ):
+        loss_of(model, 1)
+
+
 def test_ids_are_let_go_when_the_device_has_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for a slow device, and its comparisons are kept until it has come so far."""
     model, seeds = build(mtp_num_layers=None), (1, 2, 3, 4)
@@ -275,3 +311,12 @@ def test_the_alarm_waits_for_rows() -> None:
         for seed in (1, 2):
             loss_of(model, seed)
     assert (session.stats.agreement, session.stats.first_rows.rows) == (1, 3 * 22)
+
+
+def test_the_alarm_stops_when_it_has_seen_enough() -> None:
+    """64 rows of a chunk, and the rest of their microbatch: the others cost nothing."""
+    model = build(num_layers=4)
+    with r3patch.replay(model, place(samples_of(model, (1, 2, 3)))) as session:
+        for seed in (1, 2, 3):
+            loss_of(model, seed)
+    assert session.stats.first_rows.rows == 3 * 22

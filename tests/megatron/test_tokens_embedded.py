@@ -129,6 +129,32 @@ def test_wrapped_models_are_compared(wrapper: str, recompute: Any) -> None:
         replay(model, routes, seed=2)
 
 
+class Sometimes(Images):
+    """Hands text on as it is, and embeds for itself where there are images."""
+
+    def forward(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> Any:
+        forward = Images.forward if bool((input_ids == PLACEHOLDER).any()) else Plain.forward
+        return forward(self, input_ids, **inputs)
+
+
+def test_images_after_text_are_compared() -> None:
+    """Where one microbatch's ids were embedded says nothing of the next one's."""
+    model = Sometimes(build(mtp_num_layers=None), copied)
+    routes = routes_for(model)
+    any_rows = Routes(routes.experts, routes.layers, routes.valid, num_experts=16)
+    text = batch(5)
+    text["input_ids"] = text["input_ids"].clamp(max=PLACEHOLDER - 1)
+
+    def run(seed: int) -> None:
+        with r3patch.replay(model, [any_rows, routes], tokens="strict", alarm="off"):
+            model(**text)
+            model(**inputs(seed))
+
+    run(1)
+    with pytest.raises(r3patch.ReplayError, match="microbatch 1, row 0"):
+        run(2)
+
+
 @pytest.mark.parametrize("engine", [PLACEHOLDER, 0, 40])
 @pytest.mark.parametrize("mix", MIXES)
 def test_rows_of_images_are_not_compared(mix: str, engine: int) -> None:

@@ -120,6 +120,25 @@ def test_a_reload_is_noticed_and_install_repairs_it(fresh: Fresh) -> None:
     )
 
 
+def test_a_failure_that_was_repaired_is_not_told_again(fresh: Fresh) -> None:
+    """After a reload status says that, not why an install long before had failed."""
+    fresh(
+        """
+        import importlib, probe
+        import megatron.core.transformer.moe.router as router
+        TopKRouter = router.TopKRouter
+        del router.TopKRouter
+        import r3patch
+        assert "TopKRouter is None" in r3patch.status().targets[0].detail
+        router.TopKRouter = TopKRouter
+        r3patch.install()
+        assert probe.states()[0] == "installed"
+        importlib.reload(router)
+        assert "was imported or reloaded past r3patch" in r3patch.status().targets[0].detail
+        """
+    )
+
+
 def test_a_foreign_import_hook_that_raises_is_noticed(fresh: Fresh) -> None:
     """wrapt drops all hooks when one raises; the second import is unpatched, and we say so."""
     fresh(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,15 @@ from r3patch.sessions._recompute import (
     require_checkpoint_frames,
     surroundings,
 )
+
+
+@pytest.fixture(autouse=True, params=["torch tells its hooks", "torch 2.6 does not"])
+def hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file twice: by autograd's stack of hooks, and by the Python stack."""
+    tells = request.param == "torch tells its hooks"
+    if tells and not _recompute.TELLS_HOOKS:
+        pytest.skip("this torch does not")
+    monkeypatch.setattr(_recompute, "TELLS_HOOKS", tells)
 
 
 class Router(torch.nn.Module):
@@ -321,6 +331,27 @@ def test_an_unknown_checkpoint_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
         require_checkpoint_frames()
     with pytest.raises(ReplayError, match="this checkpoint implementation is not known"):
         non_reentrant(Router(), leaf())
+
+
+@pytest.mark.parametrize("name", ["_checkpoint_hook", "_recomputation_hook"])
+@pytest.mark.parametrize("change", ["name", "frame"])
+def test_hooks_that_are_not_what_we_know_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: str
+) -> None:
+    """Under another name they would be passed over; another frame is another region's."""
+    known = getattr(torch.utils.checkpoint, name)
+    other = Router()
+
+    def make(frame: object, *rest: Any) -> Any:
+        held: Any = weakref.ref(other) if rest else other
+        hook = known(held if change == "frame" else frame, *rest)
+        if change == "name":
+            hook.pack_hook.__qualname__ = "_other_hook"
+        return hook
+
+    monkeypatch.setattr(torch.utils.checkpoint, name, make)
+    with pytest.raises(UnsupportedMegatronError, match="could not be matched to its forward"):
+        require_checkpoint_frames()
 
 
 @BOTH

@@ -26,6 +26,14 @@ pytestmark = pytest.mark.megatron
 RECOMPUTE = pytest.mark.parametrize("recompute", [{}, FULL], ids=["no_recompute", "full"])
 
 
+def test_a_stage_that_was_not_set_stays_unset(slime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MTP call leaves no variable behind, for child processes to find."""
+    monkeypatch.delenv("ROUTING_REPLAY_STAGE", raising=False)
+    router = mtp(build())
+    router(torch.randn(2, 2, router.config.hidden_size))
+    assert "ROUTING_REPLAY_STAGE" not in os.environ
+
+
 @RECOMPUTE
 def test_stock_megatron(
     slime: Any, monkeypatch: pytest.MonkeyPatch, recompute: dict[str, Any]

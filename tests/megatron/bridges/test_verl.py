@@ -34,6 +34,11 @@ def _empty_registry(verl: Any) -> None:
     verl.RouterReplay.router_instances.clear()
 
 
+def test_without_its_patch_nothing_is_changed(verl: Any) -> None:
+    """Who only imports verl has routers that route as the class does."""
+    assert "routing" not in vars(mtp(build()))
+
+
 @pytest.mark.parametrize("verl_first", [True, False])
 def test_either_order_of_patches(verl: Any, verl_first: bool) -> None:
     """MTP leaves verl's registry and routes by Megatron's own code, in either order of patches."""
