@@ -35,6 +35,7 @@ from tiny import (
 import r3patch
 from r3patch import Routes
 from r3patch.sessions import _preflight, _session
+from r3patch.sessions._passes import ForwardPasses
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
