@@ -49,6 +49,7 @@ def rank() -> None:
         num_moe_experts=EXPERTS,
         moe_router_topk=TOPK,
         moe_token_dispatcher_type="alltoall",
+        multi_latent_attention=False,
         overlap_moe_expert_parallel_comm=True,
         bf16=True,
         params_dtype=torch.bfloat16,

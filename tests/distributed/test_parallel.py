@@ -51,6 +51,7 @@ def build(**overrides: Any) -> list[torch.nn.Module]:
         "num_moe_experts": EXPERTS,
         "moe_router_topk": TOPK,
         "moe_layer_freq": [0, 1, 1, 1],
+        "multi_latent_attention": False,
         **overrides,
     }
     chunks = testing.tiny_model("glm47_flash", **config)

@@ -31,7 +31,11 @@ CASES = {
 def build(seed: int) -> list[torch.nn.Module]:
     torch.manual_seed(seed)
     chunks = r3patch.testing.tiny_model(
-        "glm47_flash", num_layers=4, num_moe_experts=EXPERTS, moe_router_topk=TOPK
+        "glm47_flash",
+        num_layers=4,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=TOPK,
+        multi_latent_attention=False,
     )
     for router in r3patch.routers(chunks):
         torch.nn.init.normal_(router.module.weight)  # so that two seeds choose differently

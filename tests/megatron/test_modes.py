@@ -27,7 +27,7 @@ def build(**overrides: Any) -> Any:
 
     MTPLossLoggingHelper.tracker.clear()  # it keeps the number of depths of the first model
     config = {"num_layers": 3, "num_moe_experts": EXPERTS, "moe_router_topk": TOPK, **overrides}
-    (model,) = testing.tiny_model(**config)
+    (model,) = testing.tiny_model(**{"multi_latent_attention": False, **config})
     testing.seed_parameters(model)
     return model.train()
 
@@ -198,7 +198,7 @@ import torch, r3patch
 from r3patch import Routes, testing
 
 def run(compiled):
-    (model,) = testing.tiny_model(num_moe_experts=16)
+    (model,) = testing.tiny_model(num_moe_experts=16, multi_latent_attention=False)
     testing.seed_parameters(model)
     if compiled:
         for layer in model.decoder.layers[1:]:  # the first one is dense

@@ -30,7 +30,6 @@ SIZES: dict[str, Any] = {
     "moe_ffn_hidden_size": 32,
     "num_moe_experts": 32,
     "moe_router_topk": 4,
-    "multi_latent_attention": False,  # faster; what replay does is the routers' matter
 }
 #: How the shipped weights are made.
 RECIPE: dict[str, Any] = {
@@ -54,8 +53,9 @@ def text() -> Tensor:
 
 
 def build(**overrides: Any) -> Any:
-    """The model on this CPU, with random weights, in training mode."""
-    (model,) = testing.tiny_model("glm47_flash", **SIZES, **overrides)
+    """The model on this CPU, with random weights, in training mode; its attention is plain."""
+    fields = {**SIZES, "multi_latent_attention": False, **overrides}
+    (model,) = testing.tiny_model("glm47_flash", **fields)
     return model.train()
 
 

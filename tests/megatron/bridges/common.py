@@ -24,7 +24,7 @@ TOKENS = BATCH * LENGTH
 def build(**overrides: Any) -> Any:
     """A GPT of one dense layer, MoE layers 2 and 3, and one MTP layer."""
     config = {"num_layers": 3, "num_moe_experts": EXPERTS, "moe_router_topk": TOPK, **overrides}
-    (model,) = testing.tiny_model(**config)
+    (model,) = testing.tiny_model(**{"multi_latent_attention": False, **config})
     testing.seed_parameters(model)
     return model.train()
 
