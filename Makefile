@@ -3,7 +3,7 @@
 SHELL := bash
 PYTHON ?= python3
 
-.PHONY: demo test lint unit bench downstream matrix clean
+.PHONY: demo test lint unit bench engine gpu downstream matrix clean
 
 demo:
 	@venv=$$(tools/venv.sh demo "$(PYTHON)") && $$venv/bin/r3patch demo
@@ -20,6 +20,12 @@ unit: # the loop of an editor: the quick tests, of the source tree as it is now
 
 bench: # all tables, by minutes; BENCH=short in a minute, which CI runs
 	@venv=$$(tools/venv.sh dev "$(PYTHON)") && $$venv/bin/python -W ignore benchmarks $(BENCH)
+
+engine: # a real vLLM against stock Megatron; with WRITE=--write its answers become the tests' data
+	@tools/engine.sh "$(PYTHON)" $(WRITE)
+
+gpu: # tests and figures of a GPU, where one is at hand, with the torch of that machine's PYTHON
+	@PYTHON="$(PYTHON)" tools/gpu.sh
 
 downstream: # the frameworks' own replay code, from the clones in CHECKOUTS, without and with r3patch
 	@venv=$$(tools/venv.sh dev "$(PYTHON)") && $$venv/bin/python tools/downstream.py $(CHECKOUTS) \

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from device import CPU
 from stack import CHECKPOINTS, ROUTINGS, Forced, Nest, Stack, random_routes
 
 import r3patch
@@ -58,7 +59,7 @@ class Result(NamedTuple):
     calls: list[Call]
 
 
-def check(fraction: float = 1.0) -> int:
+def check(fraction: float = 1.0, device: torch.device = CPU) -> int:
     """Check the grid, or a fraction of it; how many cases that were.
 
     Raises:
@@ -67,9 +68,9 @@ def check(fraction: float = 1.0) -> int:
     draw = random.Random(0)  # noqa: S311 - a choice of cases, no secret
     count = 0
     for routing, ties in itertools.product(ROUTINGS, (False, True)):
-        stack, twin = _stack(routing, ties=ties), _stack(routing, ties=ties)
+        stack, twin = (_stack(routing, ties=ties).to(device) for _ in range(2))
         x = torch.randn(LENGTH, BATCH, stack.config.hidden_size, generator=_generator())
-        x = (x * 2).round() / 2 if ties else x
+        x = ((x * 2).round() / 2 if ties else x).to(device)
         for mode, gaps, measure, source in itertools.product(
             MODES, GAPS, (False, True), ("own", "other")
         ):
@@ -105,7 +106,7 @@ def _check(
     routes = random_routes(stack.layers, TOKENS, experts=EXPERTS, topk=TOPK, seed=5, gaps=gaps)
     stock = _run(twin, x, mode)
     if source == "own":
-        maps = [call.routing_map for call in stock.calls[:LAYERS]]
+        maps = [call.routing_map.cpu() for call in stock.calls[:LAYERS]]
         own = torch.stack([m.nonzero()[:, 1].view(TOKENS, TOPK) for m in maps], dim=1)
         routes = Routes(own, routes.layers, routes.valid, num_experts=EXPERTS)
     with r3patch.replay(stack, [routes], measure=measure):
@@ -167,10 +168,9 @@ def _check_maps(calls: list[Call], routes: Routes, twin: Stack, *, recomputed: b
             continue
         with torch.set_grad_enabled(call.grad):
             _, own = twin.routers[call.layer](call.input)
-        ids = routes.experts[:, call.layer].long()
+        ids = routes.experts[:, call.layer].long().to(own.device)
         given = torch.zeros_like(own).scatter(1, ids, True)
-        valid = torch.ones(TOKENS, dtype=torch.bool)
-        valid = valid if routes.valid is None else routes.valid[:, call.layer]
+        valid = routes.mask[:, call.layer].to(own.device)
         wanted = torch.where(valid.unsqueeze(1), given, own)
         _same(call.routing_map, wanted, f"the map of layer {call.layer}")
         forwards[call.layer] = call.routing_map

@@ -201,7 +201,8 @@ class World:
 
 def build(seed: int, **overrides: Any) -> torch.nn.Module:
     torch.manual_seed(seed)
-    (model,) = testing.tiny_model(**{"num_moe_experts": 32, **overrides})
+    own: dict[str, Any] = {"num_moe_experts": 32, "multi_latent_attention": False}
+    (model,) = testing.tiny_model(**{**own, **overrides})
     testing.seed_parameters([model], seed)
     return model.train()
 

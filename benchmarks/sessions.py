@@ -2,6 +2,7 @@
 
     python benchmarks/sessions.py [--short] [--json FILE]
     python benchmarks/sessions.py --soak 10000     # sessions in one process: does anything grow?
+    python benchmarks/sessions.py --device cuda    # entering, a call's launch, a step, peaks
 
 Times are ratios within one run (timing.py says how they are taken); bytes and counts are exact.
 """
@@ -23,8 +24,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from device import CPU, add_device, megatron_on
 from stack import Nest, Stack, expect_foreign_routes, random_routes
-from timing import Variant, keep_freed_memory, measure, ratio
+from timing import Variant, computing, keep_freed_memory, launching, measure, passing, ratio
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +53,10 @@ def _routes(stack: Stack, tokens: int, gaps: float = 0.01) -> Routes:
     return random_routes(stack.layers, tokens, experts=EXPERTS, topk=TOPK, seed=0, gaps=gaps)
 
 
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: part.to(device) for name, part in batch.items()}
+
+
 def _backward(stack: Stack, x: torch.Tensor) -> None:
     stack(x).sum().backward()
     stack.hidden = []
@@ -59,7 +65,7 @@ def _backward(stack: Stack, x: torch.Tensor) -> None:
 # Entering and leaving
 
 
-def walks(layers: int, experts: int, repeats: int) -> Figures:
+def walks(layers: int, experts: int, repeats: int, device: torch.device = CPU) -> Figures:
     """Enter + exit of a session with one tiny microbatch, in walks of ``model.modules()``."""
     (model,) = testing.tiny_model(
         num_layers=layers,
@@ -67,8 +73,11 @@ def walks(layers: int, experts: int, repeats: int) -> Figures:
         num_moe_experts=experts,
         moe_router_topk=2,
         mtp_num_layers=None,
+        multi_latent_attention=False,
     )
+    model.to(device)
     (batch,) = testing.random_batches(num_microbatches=1, micro_batch_size=1, seq_length=2)
+    batch = _on(device, batch)
     numbers = [info.layer_number for info in r3patch.routers(model, "main")]
     routes = random_routes([n or 0 for n in numbers], 2, experts=experts, topk=2, seed=0)
     ratios = []
@@ -80,6 +89,8 @@ def walks(layers: int, experts: int, repeats: int) -> Figures:
         with torch.no_grad():
             model(**batch)
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         begin = time.thread_time()
         session.__exit__(None, None, None)
         left = time.thread_time() - begin
@@ -180,9 +191,9 @@ def _alive() -> int:
     return sum(storages.values())
 
 
-def peaks(tokens: int, layers: int, modes: Sequence[str]) -> Figures:
+def peaks(tokens: int, layers: int, modes: Sequence[str], device: torch.device = CPU) -> Figures:
     """What a session adds to the peak of stock Megatron, in bytes per id of the microbatch."""
-    found = {mode: _peak(mode, tokens, layers) for mode in ("stock", *modes)}
+    found = {mode: _peak(mode, tokens, layers, device) for mode in ("stock", *modes)}
     ids = tokens * layers * TOPK
     return {mode: (found[mode] - found["stock"]) / ids for mode in modes} | {
         "stock, bytes": found["stock"],
@@ -190,10 +201,10 @@ def peaks(tokens: int, layers: int, modes: Sequence[str]) -> Figures:
     }
 
 
-def _peak(mode: str, tokens: int, layers: int) -> int:
+def _peak(mode: str, tokens: int, layers: int, device: torch.device) -> int:
     """Peak bytes of a forward and backward of one microbatch, each layer recomputed."""
-    stack = _stack(layers, recompute=True)
-    x = torch.randn(tokens, 1, stack.config.hidden_size)
+    stack = _stack(layers, recompute=True).to(device)
+    x = torch.randn(tokens, 1, stack.config.hidden_size, device=device)
     routes = _routes(stack, tokens)
 
     def step() -> None:
@@ -206,6 +217,13 @@ def _peak(mode: str, tokens: int, layers: int) -> int:
             with r3patch.replay(stack, [routes], measure=mode == "measure"):
                 _backward(stack, x)
 
+    if device.type == "cuda":
+        step()  # what a first step makes and keeps
+        stack.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
@@ -221,7 +239,8 @@ def _native(stack: torch.nn.Module, routes: Routes) -> Iterator[None]:
     routers = [info.module for info in r3patch.routers(stack, "main")]
     replays = [RouterReplay() for _ in routers]
     for index, (router, replay) in enumerate(zip(routers, replays, strict=True)):
-        replay.set_target_indices(routes.experts[:, index].long())
+        ids = routes.experts[:, index].long()
+        replay.set_target_indices(ids.to(router.weight.device, non_blocking=True))
         replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         router.router_replay = replay
     yield
@@ -305,6 +324,7 @@ def _counts_with_tokens(microbatches: int, length: int) -> tuple[int, int]:
         num_layers=3,
         moe_layer_freq=[1] * 3,
         mtp_num_layers=None,
+        multi_latent_attention=False,
         num_moe_experts=EXPERTS,
         moe_router_topk=TOPK,
         recompute_granularity="full",
@@ -354,13 +374,16 @@ def _with_tokens(routes: Routes, batches: Sequence[Any]) -> list[Routes]:
 # A call, and a step
 
 
-def calls(repeats: int, tokens: int = 16, layers: int = 8) -> dict[str, Figures]:
+def calls(
+    repeats: int, tokens: int = 16, layers: int = 8, device: torch.device = CPU
+) -> dict[str, Figures]:
     """A router's forward and backward of few tokens: microseconds above stock, and the ratio.
 
     The routers of a chunk of some layers, one after the other: a microbatch's own cost (its copy
     to the device, say) is shared by them, as in a model.
     """
-    x, gradient = torch.randn(tokens, 1, 32), torch.randn(tokens, EXPERTS)
+    x = torch.randn(tokens, 1, 32).to(device)
+    gradient = torch.randn(tokens, EXPERTS).to(device)
 
     def variant(stack: Stack, prepare: Callable[[], object] = lambda: None) -> Variant:
         def step() -> None:
@@ -370,9 +393,9 @@ def calls(repeats: int, tokens: int = 16, layers: int = 8) -> dict[str, Figures]
 
         return Variant(step, prepare)
 
-    native = _stack(layers)
+    native = _stack(layers).to(device)
     full = _routes(native, tokens, 0.0)
-    variants = {"stock": variant(_stack(layers)), "native": variant(native)}
+    variants = {"stock": variant(_stack(layers).to(device)), "native": variant(native)}
     with contextlib.ExitStack() as sessions:
         sessions.enter_context(_native(native, full))
         for name, gaps, measured in (
@@ -380,11 +403,12 @@ def calls(repeats: int, tokens: int = 16, layers: int = 8) -> dict[str, Figures]
             ("replay, gaps", 0.125, False),
             ("measure, gaps", 0.125, True),
         ):
-            stack = _stack(layers)
+            stack = _stack(layers).to(device)
             session = sessions.enter_context(r3patch.replay(stack, measure=measured))
             rows = _routes(stack, tokens, gaps)
             variants[name] = variant(stack, functools.partial(session.feed, rows))
-        seconds = measure(variants, repeats)
+        clock = computing if device.type == "cpu" else launching
+        seconds = measure(variants, repeats, clock=clock)
     stock = statistics.median(seconds["stock"]) / layers
     found = {}
     for name in variants:
@@ -393,30 +417,63 @@ def calls(repeats: int, tokens: int = 16, layers: int = 8) -> dict[str, Figures]
     return found
 
 
-def step(repeats: int) -> dict[str, list[float]]:
+#: Fields of the model of `step`, and the tokens of each of its two microbatches.
+_SMALL: tuple[dict[str, Any], int] = (
+    {
+        "hidden_size": 256,
+        "ffn_hidden_size": 512,
+        "moe_ffn_hidden_size": 128,
+        "moe_shared_expert_intermediate_size": 128,
+        "num_moe_experts": 16,
+        "moe_router_topk": 4,
+    },
+    256,
+)
+_OF_GPU: tuple[dict[str, Any], int] = (
+    {
+        "hidden_size": 1024,
+        "ffn_hidden_size": 2048,
+        "num_attention_heads": 8,
+        "moe_ffn_hidden_size": 256,
+        "moe_shared_expert_intermediate_size": 256,
+        "num_moe_experts": 32,
+        "moe_router_topk": 8,
+        "moe_router_dtype": "fp32",
+        "params_dtype": torch.bfloat16,
+        "pipeline_dtype": torch.bfloat16,
+        "bf16": True,
+    },
+    4096,
+)
+
+
+def step(
+    repeats: int, device: torch.device = CPU, limit: float = float("inf")
+) -> dict[str, list[float]]:
     """A whole step of a small MoE model to the same with native replay: quartiles and median."""
-    microbatches, length = 2, 256
+    (fields, length), microbatches = _SMALL if device.type == "cpu" else _OF_GPU, 2
+    experts, topk = fields["num_moe_experts"], fields["moe_router_topk"]
 
     def build() -> Any:
         (model,) = testing.tiny_model(
             num_layers=4,
             moe_layer_freq=[1] * 4,
             mtp_num_layers=None,
-            hidden_size=256,
-            ffn_hidden_size=512,
-            moe_ffn_hidden_size=128,
-            moe_shared_expert_intermediate_size=128,
-            num_moe_experts=16,
-            moe_router_topk=4,
+            multi_latent_attention=False,
+            max_sequence_length=max(512, length),
+            **fields,
         )
         testing.seed_parameters(model)
-        return model
+        return model.to(device, fields.get("params_dtype", torch.float32))
 
-    batches = testing.random_batches(
-        num_microbatches=microbatches, micro_batch_size=1, seq_length=length
-    )
-    routes = random_routes(range(1, 5), length, experts=16, topk=4, seed=0, gaps=0.01)
-    full = random_routes(range(1, 5), length, experts=16, topk=4, seed=0)
+    batches = [
+        _on(device, batch)
+        for batch in testing.random_batches(
+            num_microbatches=microbatches, micro_batch_size=1, seq_length=length
+        )
+    ]
+    routes = random_routes(range(1, 5), length, experts=experts, topk=topk, seed=0, gaps=0.01)
+    full = random_routes(range(1, 5), length, experts=experts, topk=topk, seed=0)
 
     def live() -> Variant:
         model = build()
@@ -449,8 +506,12 @@ def step(repeats: int) -> dict[str, list[float]]:
         "replay, 1 % gaps, tokens checked": replay(_with_tokens(routes, batches)),
         "measure, 1 % gaps": replay([routes] * microbatches, measure=True),
     }
-    seconds = measure(variants, repeats)
+    clock = computing if device.type == "cpu" else passing
+    seconds = measure(variants, repeats, clock=clock, limit=limit)
     found = {name: ratio(seconds[name], seconds["native"]) for name in variants}
+    if device.type == "cuda":
+        spent = statistics.median(seconds["native"]) * 1000
+        print(f"  native replay's step: {spent:.1f} ms, of {len(seconds['native'])} rounds")
     return {name: [one.low, one.median, one.high] for name, one in found.items()}
 
 
@@ -509,9 +570,33 @@ def run(*, short: bool) -> dict[str, Any]:
         "bytes kept, measured": lambda: kept(tokens, layers, measured=True),
         "peak, bytes per id above stock": lambda: peaks(4 * tokens, layers, modes),
     }
+    return _run(parts)
+
+
+def on_gpu(device: torch.device, limit: float, *, short: bool) -> dict[str, Any]:
+    """What is another on a GPU, printed as it comes; a step's rounds end after `limit` seconds."""
+    repeats, layers = (3, 6) if short else (15, 58)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "a step, to native replay": lambda: step(repeats * 3, device, limit),
+        "launching a call of 16 tokens": lambda: calls(repeats * 10, device=device),
+        "peak, bytes per id above stock": lambda: peaks(
+            32768, layers, ("native", "replay", "measure"), device
+        ),
+        "enter + exit": lambda: {"61 x 8 experts": walks(61, 8, repeats, device)},
+    }
+    return _run(parts)
+
+
+def _run(parts: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
     found = {}
     for title, part in parts.items():
-        found[title] = part()
+        try:
+            found[title] = part()
+        except Exception as error:
+            print(f"\n{title}: {type(error).__name__}: {error}", flush=True)
+            if not torch.cuda.is_available():
+                raise
+            continue  # a card is at hand for minutes: the other figures are wanted all the same
         _show(title, found[title])
     return found
 
@@ -536,16 +621,22 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="few repeats, small sizes")
     parser.add_argument("--json", help="a file for the figures")
     parser.add_argument("--soak", type=int, metavar="N", help="N sessions, and nothing else")
+    parser.add_argument("--seconds", type=float, default=30.0, help="on a GPU, of the steps")
+    add_device(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with testing.megatron_on_cpu():
+    with megatron_on(args.device):
         if args.soak:
             print(f"{'sessions':>10}{'MB':>8}{'objects':>10}{'hooks':>7}")
             for number, resident, objects, hooks in soak(args.soak):
                 print(f"{number:10}{resident / 1e6:8.1f}{objects:10}{hooks:7}", flush=True)
         else:
             keep_freed_memory()
-            found = run(short=args.short)
+            found = (
+                on_gpu(args.device, args.seconds, short=args.short)
+                if args.device.type == "cuda"
+                else run(short=args.short)
+            )
             if args.json:
                 Path(args.json).write_text(json.dumps(found, indent=1))
 

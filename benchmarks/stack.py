@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import r3patch
 from r3patch import Routes, testing
 
 # Before Megatron is imported: its jit_fuser is torch.compile, which wants a C++ compiler.
@@ -125,19 +124,22 @@ class Stack(torch.nn.Module):
 
 
 def _router(fields: dict[str, Any], total: int, number: int, generator: torch.Generator) -> Any:
-    """A router as Megatron builds it: of a model of one MoE layer, renumbered."""
-    (model,) = testing.tiny_model(
+    """A router as Megatron's MoE layer builds it, without the layer, and numbered."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    config = testing.tiny_config(
         **{"num_layers": 1, "moe_layer_freq": [1], "mtp_num_layers": None, **fields}
     )
-    (info,) = r3patch.routers(model, "main")
-    router = info.module
+    router = TopKRouter(config=config, pg_collection=get_default_pg_collection())
     router.config.num_layers = total
     router.layer_number = number
     with torch.no_grad():
         # Logits of about one, so that gate weights and gradients are of one order of magnitude.
         router.weight.copy_(torch.randn(router.weight.shape, generator=generator) * 0.2)
         if getattr(router, "expert_bias", None) is not None:
-            router.expert_bias.uniform_(-0.05, 0.05, generator=generator)
+            bias = torch.empty(router.expert_bias.shape)  # drawn on the CPU, whatever the device
+            router.expert_bias.copy_(bias.uniform_(-0.05, 0.05, generator=generator))
     return router
 
 
@@ -174,7 +176,9 @@ class Forced:
         with torch.no_grad():
             _, ids = default(scores, topk, num_groups, group_topk)
             if self.ids is not None:
-                ids = self.ids if self.valid is None else self.ids.where(self.valid[:, None], ids)
+                forced = self.ids.to(ids.device)
+                valid = None if self.valid is None else self.valid.to(ids.device)
+                ids = forced if valid is None else forced.where(valid[:, None], ids)
             chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, True)
             ranked = scores.sort(dim=1, descending=True).values
             self.margin = float((ranked[:, topk - 1] - ranked[:, topk]).min())

@@ -179,6 +179,7 @@ def _gpt(routing: str, recompute: dict[str, Any]) -> torch.nn.Module:
         "num_moe_experts": EXPERTS,
         "moe_router_topk": TOPK,
         "moe_layer_freq": [1] * LAYERS,
+        "multi_latent_attention": False,
         **ROUTINGS[routing],
         **recompute,
     }

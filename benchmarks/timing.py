@@ -6,6 +6,10 @@ is reported is the median over the rounds, with the quartiles. The collector of 
 the rounds only. glibc is told to keep freed memory: a tensor of some megabytes would otherwise be
 mapped anew at each call, and the page faults, which no caching allocator of a GPU has, would be a
 tenth of what is measured and more (`keep_freed_memory`).
+
+On a GPU a call has two times, both its own: what the host takes to launch it (`launching`), and
+what the device takes to run it (`running`). A whole step, in which Megatron waits for the device,
+has one (`passing`).
 """
 
 from __future__ import annotations
@@ -19,8 +23,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _GIGABYTE = 2**30
+_CYCLES = 15_000_000  # of a GPU: 8 to 10 ms, in which a router's calls are launched
 
 
 def nothing() -> None:
@@ -56,22 +63,72 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _GIGABYTE) and mallopt(_M_TRIM_THRESHOLD, _GIGABYTE))
 
 
+def computing(run: Callable[[], object]) -> float:
+    """Seconds of this thread on the CPU."""
+    begin = time.thread_time()
+    run()
+    return time.thread_time() - begin
+
+
+def launching(run: Callable[[], object]) -> float:
+    """Seconds until the host has launched everything on an idle GPU, which may still run it."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    end = time.perf_counter()
+    torch.cuda.synchronize()
+    return end - begin
+
+
+def running(run: Callable[[], object]) -> float:
+    """Seconds of a GPU that has everything queued: no time of the host's is in it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_CYCLES)  # the host launches meanwhile
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def passing(run: Callable[[], object]) -> float:
+    """Seconds from an idle GPU to an idle GPU."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
 def measure(
-    variants: Mapping[str, Variant], repeats: int, warmup: int = 3
+    variants: Mapping[str, Variant],
+    repeats: int,
+    warmup: int = 3,
+    clock: Callable[[Callable[[], object]], float] = computing,
+    limit: float = float("inf"),
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, round by round."""
+    """Seconds of each variant, round by round.
+
+    Args:
+        variants: by name.
+        repeats: rounds.
+        warmup: rounds before them, which are not counted.
+        clock: one of the four above.
+        limit: seconds after which no other round is begun, but for the first five.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = random.Random(0)  # noqa: S311 - an order, no secret
+    deadline = time.monotonic() + limit
     with _no_collector():
         for number in range(warmup + repeats):
+            if number >= warmup + 5 and time.monotonic() > deadline:
+                break
             gc.collect(0)
             for name in order.sample(sorted(variants), len(variants)):
                 variants[name].prepare()
-                begin = time.thread_time()
-                variants[name].run()
-                end = time.thread_time()
+                spent = clock(variants[name].run)
                 if number >= warmup:
-                    seconds[name].append(end - begin)
+                    seconds[name].append(spent)
     return seconds
 
 

@@ -201,7 +201,7 @@ def route_mismatch(a: Routes, b: Routes) -> RouteMismatch:
     b = b.select(a.layers)
     valid = a.mask & b.mask
     # Rotations instead of all pairs at once: no [num_tokens, num_layers, topk, topk] in memory.
-    common = torch.zeros(valid.shape, dtype=torch.int16)
+    common = torch.zeros(valid.shape, dtype=torch.int16, device="cpu")
     for turn in range(a.topk):
         common += (a.experts == b.experts.roll(turn, -1)).sum(-1, dtype=torch.int16)
     differs = (common < a.topk) & valid
@@ -261,7 +261,7 @@ def expert_load(routes: Routes, padding: Tensor | None = None) -> ExpertLoad:
         RoutesError: ``padding`` has another shape or dtype.
     """
     if padding is None:
-        padding = torch.zeros(routes.num_tokens, dtype=torch.bool)
+        padding = torch.zeros(routes.num_tokens, dtype=torch.bool, device="cpu")
     if padding.shape != (routes.num_tokens,) or padding.dtype != torch.bool:
         raise RoutesError(
             f"padding is {padding.dtype} {tuple(padding.shape)}, expected bool "
@@ -288,7 +288,8 @@ def _counts(routes: Routes, rows: Tensor) -> Tensor:
         torch.bincount(ids[kept].flatten().int(), minlength=routes.num_experts)
         for ids, kept in zip(experts, rows.unbind(1), strict=True)
     ]
-    return torch.stack(counts) if counts else torch.zeros(0, routes.num_experts, dtype=torch.int64)
+    # `stack` of no layers fails.
+    return torch.stack(counts) if counts else routes.experts.new_zeros(0, routes.num_experts).long()
 
 
 def _sums(columns: list[tuple[int, ...]]) -> tuple[int, ...]:

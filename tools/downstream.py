@@ -90,11 +90,14 @@ def _file(*, governed: bool) -> Path:
 
 
 def fault(answer: Answer) -> bool:
-    """Whether r3patch has to answer for it: an error, an MTP call, a main call of a fair cell."""
+    """Whether r3patch has to answer for it: an error, an MTP call, a main call of a fair cell.
+
+    A cell without an MTP call shows nothing, and counts as one.
+    """
     if "absent" in answer:
         return False
     main = answer.get("main_wrong") and not answer["own_fault"]
-    return bool("error" in answer or main or answer["mtp_bits"])
+    return bool("error" in answer or main or answer["mtp_bits"] or not answer["mtp"])
 
 
 def title(answer: Answer) -> str:
@@ -104,9 +107,11 @@ def title(answer: Answer) -> str:
     return f"{_row(answer)[0]}, {answer['model']}, {_cut(answer)}, {side} r3patch:"
 
 
-def _row(answer: Answer) -> tuple[str, str, str, str]:
-    name = answer["name"] + (" and its patch of Megatron" if answer["patched"] else "")
-    return name, answer["commit"], answer["date"], answer["model"]
+def _row(answer: Answer) -> tuple[str, str, str]:
+    more = f" and its {'fork' if answer.get('fork') else 'patch'} of Megatron"
+    commit = f"`{answer['commit']}`, {answer['date']}"
+    fork = f"; {answer['fork']}" if answer.get("fork") else ""
+    return answer["name"] + more * answer["patched"], commit + fork, answer["model"]
 
 
 def _cut(answer: Answer) -> str:
@@ -119,10 +124,10 @@ def table(without: list[Answer], governed: list[Answer]) -> str:
     rows = ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
     ran = [answer for answer in without if "absent" not in answer]
     for row in dict.fromkeys(map(_row, ran)):
-        name, commit, date, model = row
+        name, commit, model = row
         bare = [answer for answer in ran if _row(answer) == row]
         ours = [cells[_key(answer)] for answer in bare if _key(answer) in cells]
-        head = f"| {name} | `{commit}`, {date} | {model} | {words(bare)} "
+        head = f"| {name} | {commit} | {model} | {words(bare)} "
         rows.append(f"{head}| {_count(ours, 'main')} | {_count(ours, 'mtp')} |")
     when = max(_file(governed=True).stat().st_mtime, _file(governed=False).stat().st_mtime)
     return "\n".join([*rows, "", _made_by(ran, when)])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -187,17 +188,17 @@ def _counts(junit: Path) -> dict[str, int]:
     return {name: int(re.findall(rf'\b{name}="(\d+)"', suite)[0]) for name in names}
 
 
+@functools.cache
 def _environment(version: str) -> str:
-    """The interpreter of tools/venv.sh's environment for a Python; made where it is absent."""
-    made = ROOT / ".venv" / f"dev-{version}" / "bin" / "python"
-    if not made.exists():
-        root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-        found = sorted(root.glob(f"versions/{version}*/bin/python"))
-        python = str(found[-1]) if found else shutil.which(f"python{version}")
-        if python is None:
-            raise SystemExit(f"there is no Python {version} on this machine")
-        subprocess.run([ROOT / "tools" / "venv.sh", "dev", python], cwd=ROOT, check=True)
-    return str(made)
+    """The interpreter of tools/venv.sh's environment for a Python, with the wheel of this tree."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = sorted(root.glob(f"versions/{version}*/bin/python"))
+    python = str(found[-1]) if found else shutil.which(f"python{version}")
+    if python is None:
+        raise SystemExit(f"there is no Python {version} on this machine")
+    command = [str(ROOT / "tools" / "venv.sh"), "dev", python]
+    made = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return str(ROOT / made.stdout.strip() / "bin" / "python")
 
 
 def _unpacked(cell: Cell, python: str) -> Path:

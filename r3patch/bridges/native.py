@@ -54,6 +54,7 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
     """
     from r3patch._errors import ReplayError
     from r3patch.labels.model import main_routers
+    from r3patch.labels.targets import megatron_found
     from r3patch.rows.fit import check_fit
     from r3patch.rows.spread import spread_missing
 
@@ -63,7 +64,7 @@ def drive(model: Any, routes: Routes, *, missing: Literal["error", "spread"] = "
     if bare or not routers:
         raise ReplayError(
             f"{bare or 'the model'} has no RouterReplay to drive. Build the model with "
-            "moe_enable_routing_replay=True (megatron-core 0.16 and newer)."
+            f"moe_enable_routing_replay=True, where it has this setting: it is {megatron_found()}."
         )
     lost = [router.name for router in routers if _is_out_of_reach(router.module.router_replay)]
     if lost:

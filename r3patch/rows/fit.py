@@ -51,7 +51,7 @@ def check_fit(
             f"{source} is a {type(routes).__qualname__}, expected r3patch.Routes: decode the "
             "payloads by r3patch.decode and place them by Layout.place."
         )
-    fullest = max((router.num_experts for router in routers), default=0)
+    fullest, topk = max((router.num_experts for router in routers), default=0), routes.topk
     for router in routers:
         if router.layer_number not in routes.layers:
             raise RoutesError(
@@ -59,9 +59,9 @@ def check_fit(
                 f"columns are layers {list(routes.layers)}. Columns carry 1-based Megatron layer "
                 "numbers, dense layers counted: see r3patch.moe_layers(config)."
             )
-        if routes.topk != router.topk or routes.num_experts not in (fullest, num_experts):
+        if topk != router.topk or routes.num_experts not in (fullest, num_experts):
             raise RoutesError(
-                f"{source} is top-{routes.topk} of {routes.num_experts} experts, {router.name} is "
+                f"{source} is top-{topk} of {routes.num_experts} experts, {router.name} is "
                 f"top-{router.topk} of {fullest}. Decode with the trained model's numbers."
             )
         if router.num_experts < routes.num_experts:

@@ -36,7 +36,7 @@ def spread_rows(
         raise RoutesError(f"ep_size={ep_size} does not divide num_experts={num_experts}.")
     # The n-th pick goes to rank n % ep_size. A round of num_experts picks takes every expert once,
     # and a row is shorter than a round, so its experts are distinct.
-    pick = torch.arange(first * topk, (first + num_rows) * topk) % num_experts
+    pick = torch.arange(first * topk, (first + num_rows) * topk, device="cpu") % num_experts
     block = num_experts // ep_size
     return (pick % ep_size * block + pick // ep_size).view(num_rows, topk)
 

@@ -27,6 +27,27 @@ __all__ = ["DeviceRows", "Microbatch", "check_size"]
 _ALIGN = 8  # bytes: where a section of the buffer may begin, for any dtype to view it
 
 
+class _Copy(NamedTuple):
+    """A copy to a GPU that one of its streams runs, later than the host."""
+
+    buffer: torch.Tensor
+    stream: torch.cuda.Stream
+    done: torch.cuda.Event
+
+    @classmethod
+    def to(cls, buffer: torch.Tensor) -> _Copy:
+        """What the current stream was told last is the copy into this buffer."""
+        stream = torch.cuda.current_stream(buffer.device)
+        return cls(buffer, stream, stream.record_event())
+
+    def wait(self) -> None:
+        """Let the current stream wait, if it is another: it would read what is not there yet."""
+        stream = torch.cuda.current_stream(self.buffer.device)
+        if stream != self.stream:
+            stream.wait_event(self.done)
+            self.buffer.record_stream(stream)  # or it is freed while that stream still reads it
+
+
 class DeviceRows(NamedTuple):
     """What the routers of a chunk take, on their device; an entry per layer."""
 
@@ -38,6 +59,14 @@ class DeviceRows(NamedTuple):
     """``[n] int64``: a few rows with routes, for the alarm; None where it does not look."""
     tokens: torch.Tensor | None
     """``[num_tokens] int32``: what the rows were computed for, -1 without a route in any layer."""
+    copy: _Copy | None
+    """None on a CPU, where nothing runs later than the host."""
+
+    def on_this_stream(self) -> DeviceRows:
+        """These rows, for the stream that is current to read."""
+        if self.copy is not None:
+            self.copy.wait()
+        return self
 
 
 class Microbatch:
@@ -70,32 +99,33 @@ class Microbatch:
             experts = [router.num_experts for router in routers]
             spread_missing(rows, gaps, experts, ep_size=ep_size)
         parts: dict[object, torch.Tensor] = {"rows": rows}
+        self._gap_keys = [id(positions) for positions in gaps]
+        self.num_probes = 0  # rows of all layers that the alarm looks at
         for key, positions in {id(g): g for g in gaps}.items():  # each different one travels once
             if positions is not None:
                 parts["gaps", key] = positions
             if probes:
-                parts["probes", key] = _probes(self.num_tokens, positions, probes)
+                chosen = parts["probes", key] = _probes(self.num_tokens, positions, probes)
+                self.num_probes += len(chosen) * self._gap_keys.count(key)
+        self.checked_tokens = 0  # those with a route in some layer
         if routes.tokens is not None:
-            parts["tokens"] = routes.tokens.masked_fill(~routes.mask.any(dim=1), -1)
+            has_routes = routes.mask.any(dim=1)
+            self.checked_tokens = int(has_routes.sum())
+            parts["tokens"] = routes.tokens.masked_fill(~has_routes, -1)
         self._buffer, views = _pack(list(parts.values()))
         self._parts = dict(zip(parts, views, strict=True))
-        self._gap_keys = [id(positions) for positions in gaps]
         self.on_device: DeviceRows | None = None
-
-    @property
-    def checked_tokens(self) -> int:
-        """How many tokens have a route in some layer, and are compared."""
-        return int((self._parts["tokens"] >= 0).sum())
 
     def to_device(self, device: torch.device) -> DeviceRows:
         """Copy the rows without blocking, or give those that are there already."""
         if self.on_device is None:
             buffer = self._buffer.to(device, non_blocking=True)
+            copy = _Copy.to(buffer) if buffer.is_cuda else None
             there = {name: _moved(view, buffer) for name, view in self._parts.items()}
             gaps = [there.get(("gaps", key)) for key in self._gap_keys]
             probes = [there.get(("probes", key)) for key in self._gap_keys]
             self.on_device = DeviceRows(
-                there["rows"].unbind(0), tuple(gaps), tuple(probes), there.get("tokens")
+                there["rows"].unbind(0), tuple(gaps), tuple(probes), there.get("tokens"), copy
             )
         return self.on_device
 
@@ -110,12 +140,6 @@ class Microbatch:
         """Which of the rows of a layer that the alarm looks at lie in ``start:stop``."""
         positions = self._parts["probes", self._gap_keys[column]]
         return _between(positions, start, stop, self.num_tokens)
-
-    @property
-    def num_probes(self) -> int:
-        """Rows of all layers that the alarm looks at."""
-        probes = (self._parts.get(("probes", key)) for key in self._gap_keys)
-        return sum(len(positions) for positions in probes if positions is not None)
 
     def expert_load(self, routes: Routes) -> ExpertLoad:
         """The load of the rollout's rows, and of spread ones as padding; gaps have no ids.
@@ -147,17 +171,17 @@ def _between(positions: torch.Tensor, start: int, stop: int, total: int) -> tupl
     """Which of ascending positions below ``total`` lie in ``start:stop``, as a slice."""
     if stop - start == total:
         return 0, len(positions)
-    first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+    first, last = torch.searchsorted(positions, positions.new_tensor([start, stop])).tolist()
     return first, last
 
 
 def _probes(num_tokens: int, gaps: torch.Tensor | None, count: int) -> torch.Tensor:
     """Up to ``count`` rows with routes, evenly spread; none where there is one only."""
-    rows = torch.arange(num_tokens)
+    rows = torch.arange(num_tokens, device="cpu")
     if gaps is not None:
-        rows = rows[torch.ones(num_tokens, dtype=torch.bool).index_fill(0, gaps, False)]
+        rows = rows[torch.ones_like(rows, dtype=torch.bool).index_fill(0, gaps, False)]
     if len(rows) > count:
-        rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
+        rows = rows[torch.linspace(0, len(rows) - 1, count, device="cpu").long()]
     return rows if len(rows) > 1 else rows[:0]
 
 
@@ -165,7 +189,8 @@ def _pack(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tenso
     """A buffer that holds copies of all parts, pinned where CUDA is there, and views of them."""
     sizes = [part.numel() * part.element_size() for part in parts]
     starts = [0, *itertools.accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
-    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    pinned = torch.cuda.is_available()
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
     views = []
     for part, start, size in zip(parts, starts, sizes, strict=False):
         view = buffer[start : start + size].view(part.dtype).view(part.shape)

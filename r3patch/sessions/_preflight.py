@@ -62,7 +62,6 @@ def require_extension_point() -> None:
         for owner, name in (
             (torch._C, "_current_graph_task_id"),
             (torch._C, "_current_autograd_node"),
-            (torch._C._autograd, "_top_saved_tensors_default_hooks"),
         )
         if not hasattr(owner, name)
     ]

@@ -35,6 +35,7 @@ import torch
 from torch._C import _autograd, _current_autograd_node, _current_graph_task_id, _FunctionBase
 
 from r3patch._errors import ReplayError, UnsupportedMegatronError
+from r3patch.sessions import _old_torch
 
 __all__ = [
     "CallLog",
@@ -203,6 +204,7 @@ _RECOMPUTE = "_recomputation_hook"
 _FRAME_VARIABLES = ("frame", "target_frame", "target_frame_ref")
 _UNPACK = "unpack_hook"  # the function from which a non-reentrant region is repeated
 _NAMES = frozenset({"forward", "backward", _UNPACK})
+TELLS_HOOKS = hasattr(_autograd, "_top_saved_tensors_default_hooks")
 
 
 def _is(hook: Hook, kind: str) -> bool:
@@ -211,6 +213,8 @@ def _is(hook: Hook, kind: str) -> bool:
 
 def _checkpoint_hooks() -> list[Hook]:
     """The pack hooks of checkpoints on autograd's stack of saved-tensor hooks, innermost first."""
+    if not TELLS_HOOKS:
+        return _old_torch.checkpoint_hooks()
     pairs = []
     try:
         while top := _autograd._top_saved_tensors_default_hooks(True):

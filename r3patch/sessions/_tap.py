@@ -25,7 +25,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from r3patch import bridges
-from r3patch._errors import ReplayError
+from r3patch._errors import ReplayError, UnsupportedRoutingError
 from r3patch.labels.model import RouterInfo
 from r3patch.sessions._recompute import in_recompute
 
@@ -122,6 +122,19 @@ class Tap:
             raise ReplayError(
                 f"{self.info.name}: the replay manager {name} was switched on during this session, "
                 "and its routes are not used. Leave the session first, or put the manager to rest."
+            )
+
+    def refuse_capture(self, scores: torch.Tensor) -> None:
+        """Raise if a CUDA graph captures this call: a graph of the user's own, in no config.
+
+        Raises:
+            UnsupportedRoutingError: each run of the graph would repeat the rows of its capture.
+        """
+        if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedRoutingError(
+                f"{self.info.name}: a CUDA graph captures this router in a session, and would "
+                "repeat the routes of its capture. Leave the router out of the graph, or capture "
+                "outside of the session."
             )
 
     def counts(self) -> dict[str, int]:

@@ -73,7 +73,7 @@ class _Comparison:
         self.whole = embedded.ids.t() if embedded.ids.numel() != ids.numel() else None
         compared = rows >= 0
         counts = torch.stack([compared.sum(), ((rows != ids) & compared).sum()])
-        self._counts = torch.empty(2, dtype=torch.int64, pin_memory=counts.is_cuda)
+        self._counts = torch.empty_like(counts, device="cpu", pin_memory=counts.is_cuda)
         self._counts.copy_(counts, non_blocking=True)
         self._there: Any = None
         if counts.is_cuda:

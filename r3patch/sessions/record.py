@@ -190,7 +190,7 @@ class Recording:
                 "chunk that the session was opened on."
             )
         narrow = ids.detach().to(stored_dtype(router.num_experts))
-        host = torch.empty(narrow.shape, dtype=narrow.dtype, pin_memory=narrow.is_cuda)
+        host = torch.empty_like(narrow, device="cpu", pin_memory=narrow.is_cuda)
         host.copy_(narrow, non_blocking=True)
         self._pieces[router.layer_number].append((self._open, host))
 
@@ -216,9 +216,9 @@ class RecordTap(Tap):
 
     def select(self, call: TopkCall) -> Selection:
         """See `Tap`."""
-        if not in_recompute():
-            self.refuse_second_manager()
-        elif surroundings().repeats is None:
+        self.refuse_capture(call.scores)
+        self.refuse_second_manager()
+        if in_recompute() and surroundings().repeats is None:
             raise ReplayError(
                 f"{self._router.name}: a call inside backward repeats no checkpointed region that "
                 "is known. A forward pass in a backward hook would not be recorded: run it outside."

@@ -359,7 +359,7 @@ class MicrobatchQueue:
                 while len(self._recent) > _KEPT_ON_DEVICE:
                     self._recent.pop(0).on_device = None
                 self.seconds += time.perf_counter() - began
-        return rows
+        return rows.on_this_stream()
 
     def release(self) -> None:
         """Free the rows: the user may keep the session for its figures."""
@@ -464,6 +464,7 @@ class ReplayTap(Tap):
 
     def select(self, call: TopkCall) -> Selection:
         """See `Tap`."""
+        self.refuse_capture(call.scores)
         around = surroundings()
         with unseen():
             ids = self._forward(call, around) if around.forward else self._recompute(call, around)
@@ -500,6 +501,8 @@ class ReplayTap(Tap):
 
     def _recompute(self, call: TopkCall, around: Surroundings) -> torch.Tensor:
         rows = self._calls.recompute(self._router.name, around)
+        if rows.first:
+            self.refuse_second_manager()
         self.recompute_calls += 1
         if rows.stop - rows.start != call.scores.shape[0]:
             raise ReplayError(

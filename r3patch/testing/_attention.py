@@ -68,7 +68,7 @@ class CPUAttention(torch.nn.Module):
             gather: Any = _Gather.apply
             key, value = gather(key, group), gather(value, group)
         places = torch.cat([_places(length, size, r) for r in range(size)])
-        mask = places.unsqueeze(0) <= _places(length, size, rank).unsqueeze(1)
+        mask = (places.unsqueeze(0) <= _places(length, size, rank).unsqueeze(1)).to(query.device)
         repeat = query.shape[2] // key.shape[2]
         q, k, v = (
             x.permute(1, 2, 0, 3)

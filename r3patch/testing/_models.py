@@ -42,10 +42,21 @@ _SIGMOID = {
     "moe_router_bias_update_rate": 1e-3,
 }
 
+_MLA = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 8,
+    "rope_type": "rope",
+}
+
 #: The router settings of the models, as their configs publish them; sizes are tiny.
 SHAPES: dict[str, dict[str, Any]] = {
-    "glm47_flash": {  # plain attention instead of MLA
+    "glm47_flash": {
         **_SIGMOID,
+        **_MLA,
         "num_moe_experts": 64,
         "moe_router_topk": 4,
         "moe_router_topk_scaling_factor": 1.8,
@@ -61,19 +72,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {
         **_SIGMOID,
+        **_MLA,
         "num_moe_experts": 32,
         "moe_router_topk": 8,
         "moe_router_num_groups": 8,
         "moe_router_group_topk": 4,
         "moe_router_topk_scaling_factor": 2.5,
         "moe_shared_expert_intermediate_size": 16,
-        "multi_latent_attention": True,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_head_dim": 8,
-        "qk_pos_emb_head_dim": 8,
-        "v_head_dim": 8,
-        "rope_type": "rope",
     },
     "nemotron_hybrid": {
         **_SIGMOID,
@@ -108,6 +113,9 @@ def make_config(own: dict[str, Any]) -> Any:
         fields["moe_layer_freq"] = (frequency + [1] * num_layers)[:num_layers]
     if fields["num_moe_experts"] is None:  # a dense model: Megatron refuses MoE settings there
         fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
+    mla = fields.get("multi_latent_attention", False)
+    if not mla:  # whose settings the config of plain attention has not
+        fields = {name: value for name, value in fields.items() if name not in _MLA}
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     fields = {
@@ -123,7 +131,6 @@ def make_config(own: dict[str, Any]) -> Any:
         "batch_p2p_comm": virtual is None,
         **fields,
     }
-    mla = fields.get("multi_latent_attention", False)
     return (MLATransformerConfig if mla else TransformerConfig)(**fields)
 
 

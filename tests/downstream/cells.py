@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -34,7 +35,7 @@ sys.path[:0] = [str(HERE)]
 
 import torch  # noqa: E402
 from contract import Driver, DriverModule, Rollout  # noqa: E402
-from loading import Checkout, find_checkout  # noqa: E402
+from loading import Checkout, find_checkout, use_package  # noqa: E402
 
 import r3patch  # noqa: E402
 from r3patch import testing  # noqa: E402
@@ -95,7 +96,7 @@ def run(cell: Cell, driver: DriverModule, checkout: Checkout) -> dict[str, Any]:
     if errors:
         return {"error": errors[0]}
     calls = [call for answer in answers for call in answer]
-    (own,) = forked(functools.partial(_megatrons_own, cell, calls), 1)
+    (own,) = forked(functools.partial(_megatrons_own, cell, driver, checkout, calls), 1)
     if isinstance(own, str):
         raise RuntimeError(own)
     return _judge(cell, calls, own)
@@ -150,10 +151,12 @@ def _rank(function: Callable[[], Any], rank: int, ranks: int, port: int, queue: 
 
 def _train(cell: Cell, module: DriverModule, checkout: Checkout) -> list[Call]:
     """A step of three microbatches with the framework's replay, in this process."""
-    if GOVERNED and cell.patched:  # the framework's source lies below r3patch, not above it
+    use_package(module.PACKAGE, checkout.folder)
+    below = GOVERNED and cell.patched  # the framework's source lies below r3patch, not above it
+    if below:
         r3patch.uninstall()
     driver = module.open(checkout.folder, cell.patched)
-    if GOVERNED and cell.patched:
+    if below:
         r3patch.install()
     with testing.megatron_on_cpu(pipeline=cell.pipeline):
         chunk = _build(cell, driver)
@@ -226,8 +229,11 @@ def _step(chunk: Any, batches: list[dict[str, Any]], driver: Driver) -> None:
     )
 
 
-def _megatrons_own(cell: Cell, calls: list[Call]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _megatrons_own(
+    cell: Cell, module: DriverModule, checkout: Checkout, calls: list[Call]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What the MTP router gives for the same inputs in a model that no framework has met."""
+    use_package(module.PACKAGE, checkout.folder)  # which a fork of Megatron imports, switched off
     with testing.megatron_on_cpu():
         chunk = _build(cell, Driver())
         (router,) = (
@@ -284,25 +290,47 @@ def _maps(rollout: Rollout) -> torch.Tensor:
 def main(arguments: list[str]) -> None:
     logging.getLogger("r3patch").setLevel(logging.ERROR)
     importlib.import_module("megatron.core.models.gpt")  # once, before the forks
-    checkouts, names = Path(arguments[0]), arguments[1:]
+    checkouts, names = Path(arguments[0]).resolve(), arguments[1:]
     for name, driver in drivers(names).items():
         checkout = find_checkout(checkouts, driver.FOLDERS)
-        if checkout is None:
-            print(json.dumps({"framework": name, "absent": list(driver.FOLDERS)}), flush=True)
+        fork = find_checkout(checkouts, driver.FORKS)
+        for found, wanted in ((checkout, driver.FOLDERS), (fork, driver.FORKS)):
+            if wanted and found is None:
+                print(json.dumps({"framework": name, "absent": list(wanted)}), flush=True)
+        if checkout is not None:
+            _answer(name, driver, checkout, fork if _is_imported(fork) else None)
+            if fork is not None and not _is_imported(fork):
+                _on_fork(fork, [str(checkouts), name])
+
+
+def _is_imported(fork: Checkout | None) -> bool:
+    megatron = importlib.import_module("megatron.core").__file__
+    return fork is not None and Path(str(megatron)).is_relative_to(fork.folder)
+
+
+def _on_fork(fork: Checkout, arguments: list[str]) -> None:
+    """The cells of one framework in a process that imports its fork of Megatron."""
+    path = os.pathsep.join(filter(None, [str(fork.folder), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "ignore", __file__, *arguments]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+def _answer(name: str, driver: DriverModule, checkout: Checkout, fork: Checkout | None) -> None:
+    for cell in cells(name, driver):
+        if driver.FORKS and cell.patched != (fork is not None):
             continue
-        for cell in cells(name, driver):
-            found = run(cell, driver, checkout)
-            line = {
-                **cell._asdict(),
-                "name": driver.NAME,
-                "commit": checkout.commit,
-                "date": checkout.date,
-                "megatron": metadata.version("megatron-core"),
-                "own_fault": driver.OWN_FAULTS.get(cell.model, ""),
-                "governed": GOVERNED,
-                **found,
-            }
-            print(json.dumps(line), flush=True)
+        line = {
+            **cell._asdict(),
+            "name": driver.NAME,
+            "commit": checkout.commit,
+            "date": checkout.date,
+            "fork": f"`{fork.commit}`, {fork.date}" if fork else "",
+            "megatron": metadata.version("megatron-core"),
+            "own_fault": driver.OWN_FAULTS.get(cell.model, ""),
+            "governed": GOVERNED,
+            **run(cell, driver, checkout),
+        }
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,14 @@ class DriverModule(Protocol):
     """A file in drivers/."""
 
     NAME: str
+    PACKAGE: str
+    """Its top-level package, which can be imported while a cell runs."""
     FOLDERS: tuple[str, ...]
     """What a clone of it may be called."""
     PATCHED: tuple[bool, ...]
     """On stock Megatron, or with what the framework adds to Megatron's source, or both."""
+    FORKS: tuple[str, ...]
+    """What a clone of its fork of Megatron may be called, if it adds to Megatron by a fork."""
     PIPELINE: bool
     """Whether its code runs over two pipeline stages with MTP."""
     OWN_FAULTS: dict[str, str]

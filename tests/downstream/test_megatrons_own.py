@@ -15,11 +15,14 @@ import pytest
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 HERE = Path(__file__).parent
-#: What a CPU gets through in a minute; the others of routers and MTP train on one for many.
+#: What a CPU gets through in minutes. `moe/test_routers.py` and `moe/test_aux_loss.py` do not end.
 TESTS = (
+    "moe/test_moe_layer.py",
     "moe/test_router_replay.py",
     "moe/test_router_trace.py",
-    "test_multi_token_prediction.py::TestMultiTokenPredictionLayer",
+    "moe/test_shared_experts.py",
+    "test_multi_token_prediction.py",
+    "test_transformer_block.py",
 )
 
 

@@ -23,6 +23,9 @@ LOOK = (
 class Environment:
     """r3patch, wrapt and an empty Megatron, installed; and nothing else."""
 
+    patience = 60
+    """Seconds that a command may take."""
+
     def __init__(self, folder: Path) -> None:
         venv.create(folder, symlinks=True, with_pip=False)
         self.folder = folder
@@ -64,7 +67,7 @@ class Environment:
             env={**clean, **env},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=self.patience,
             check=False,
         )
 

@@ -59,12 +59,18 @@ def build(**overrides: Any) -> Any:  # torch types attributes of a module as Ten
 
     MTPLossLoggingHelper.tracker.clear()  # it keeps the number of depths of the first model
     torch.manual_seed(0)
-    config = {"num_layers": 3, "num_moe_experts": EXPERTS, **overrides}
+    own: dict[str, Any] = {
+        "num_layers": 3,
+        "num_moe_experts": EXPERTS,
+        "multi_latent_attention": False,
+    }
+    config = {**own, **overrides}
     (model,) = testing.tiny_model(**config)
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
-            buffer.uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(1))
-    return model.train()
+            bias = torch.empty(buffer.shape)
+            buffer.copy_(bias.uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(1)))
+    return model.to(torch.cuda.current_device()).train()  # tests/gpu; the CPU elsewhere
 
 
 def batch(seed: int) -> dict[str, torch.Tensor]:
@@ -114,7 +120,8 @@ def shuffled(routes: Routes) -> Routes:
 
 
 def loss_of(model: Any, seed: int) -> torch.Tensor:
-    loss: torch.Tensor = model(**batch(seed)).mean()
+    device = torch.cuda.current_device()
+    loss: torch.Tensor = model(**{name: x.to(device) for name, x in batch(seed).items()}).mean()
     return loss
 
 
@@ -152,7 +159,7 @@ class Calls(testing.RoutingCalls):
         maps: dict[int, list[torch.Tensor]] = {}
         for call in self:
             if call.info.scope == "main" and call.in_backward == in_backward:
-                maps.setdefault(call.info.layer_number or 0, []).append(call.routing_map)
+                maps.setdefault(call.info.layer_number or 0, []).append(call.routing_map.cpu())
         return maps
 
 

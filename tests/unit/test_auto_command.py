@@ -62,6 +62,20 @@ def test_the_start_file_names_what_the_pth_file_calls(here: Path) -> None:
     assert "\ndef start() -> None:" in (here / FILES[1]).read_text()
 
 
+def test_the_start_file_may_be_read_twice(environment: Environment) -> None:
+    """Python 3.15 resolves its line by `pkgutil`, and reads the folder of an environment twice."""
+    answer(environment.r3patch("auto", "on"))
+    code = """
+import pkgutil, sys
+line = open(sys.argv[1], encoding="utf-8-sig").read().strip()
+for _ in range(2):
+    pkgutil.resolve_name(line)()
+print(sum(hasattr(finder, "is_r3patch") for finder in sys.meta_path))
+"""
+    assert answer(environment.run("-c", code, environment.site / FILES[2])) == "1"
+    answer(environment.r3patch("auto", "off"))
+
+
 def test_the_package_carries_no_start_up_file() -> None:
     """Nobody gets one unasked: they are written by `on` only."""
     package = Path(r3patch.__file__).parent

@@ -266,3 +266,15 @@ def test_more_than_256_experts_keep_their_ids() -> None:
     assert load.real[0, 300] == 2
     assert load.real[0, 511] == 1
     assert int(load.real.sum()) == 4
+
+
+def test_route_metrics_stay_on_the_host_whatever_the_default_device() -> None:
+    """Routes live there; a counter that torch's factories built elsewhere would not meet them."""
+    a, b = random_routes(1), random_routes(2)
+    expected = route_mismatch(a, b), expert_load(a)
+    with torch.device("meta"):
+        mismatch, load = route_mismatch(a, b), expert_load(a)
+        none = expert_load(a.select([]))
+    assert mismatch == expected[0]
+    assert torch.equal(load.real, expected[1].real)
+    assert none.real.shape == (0, NUM_EXPERTS)

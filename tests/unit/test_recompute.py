@@ -22,6 +22,15 @@ from r3patch.sessions._recompute import (
 )
 
 
+@pytest.fixture(autouse=True, params=["torch tells its hooks", "torch 2.6 does not"])
+def hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file twice: by autograd's stack of hooks, and by the Python stack."""
+    tells = request.param == "torch tells its hooks"
+    if tells and not _recompute.TELLS_HOOKS:
+        pytest.skip("this torch does not")
+    monkeypatch.setattr(_recompute, "TELLS_HOOKS", tells)
+
+
 class Router(torch.nn.Module):
     """Notes the value of each forward call, and the value that each recompute gets back."""
 

@@ -1,6 +1,7 @@
 """The engine as an oracle: its rows and log-probabilities against stock Megatron's, replayed.
 
-`tests/megatron/test_engine.py` asks it about the payloads in tests/data/engine.
+`tests/megatron/test_engine.py` asks it about the payloads in tests/data/engine, and `make engine`
+about fresh ones.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def batch(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Rollout:
-    """What `rollout.py` wrote, decoded: samples, and the routes of each."""
+    """What `rollout.py` or `serve.py` wrote, decoded: samples, and the routes of each."""
 
     contents: dict[str, Any]
     samples: list[dict[str, Any]]  # of several turns the last
@@ -92,14 +93,14 @@ class Rollout:
 
 
 def read(file: Path, config: Any) -> Rollout:
-    """Decode what `rollout.py` wrote.
+    """Decode what `rollout.py` or `serve.py` wrote.
 
     Args:
         file: the JSON.
         config: of the checkpoint, of Hugging Face or of Megatron.
     """
     contents = json.loads(file.read_text(encoding="utf-8"))
-    samples = contents["samples"]
+    samples = [sample for written in contents["samples"] for sample in _samples(written)]
 
     def each(name: str) -> list[Any]:
         return [
@@ -113,9 +114,36 @@ def read(file: Path, config: Any) -> Rollout:
     return Rollout(contents, [sample.get("turns", [sample])[-1] for sample in samples], routes)
 
 
-def read_for(file: Path, checkpoint: Path) -> Rollout:
-    """The same, with the sizes from the checkpoint's own config."""
-    return read(file, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+def _samples(written: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of a case: itself, or what the choices of an exchange over HTTP are."""
+    if "turns" in written:
+        turns = [sample for turn in written["turns"] for sample in _samples(turn)]
+        yield {"case": written["case"], "turns": turns}
+    elif "response" in written:
+        for choice in written["response"]["choices"]:
+            yield {"case": written.get("case"), **_sample(written, choice)}
+    else:
+        yield written
+
+
+def _sample(exchange: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    said = choice["logprobs"]
+    prompt = {**exchange["response"], **choice}["prompt_token_ids"]  # the chat's is in the body
+    return {
+        "tokens": prompt + choice["token_ids"],
+        "prompt": len(prompt),
+        "start": exchange["request"].get("routed_experts_prompt_start", 0),
+        "payload": choice,
+        "log_probs": said.get("token_logprobs") or [token["logprob"] for token in said["content"]],
+    }
+
+
+def read_for(file: Path, checkpoints: Path) -> tuple[Rollout, Path]:
+    """The same, with the sizes from its checkpoint's own config, and the checkpoint."""
+    model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    checkpoint = checkpoints / model_type
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return read(file, config), checkpoint
 
 
 @dataclass
@@ -159,7 +187,7 @@ def compare(rollout: Rollout, chunks: list[torch.nn.Module]) -> Figures:
 class Trained:
     """Of a forward and backward over all microbatches, replayed."""
 
-    losses: list[torch.Tensor]
+    losses: list[float]
     main_replayed: int
     mtp_replayed: int
     rows_differing: int  # between the engine and the live choice under its rows
@@ -174,10 +202,43 @@ def train(rollout: Rollout, chunks: list[torch.nn.Module]) -> Trained:
         losses = testing.train_step(chunks, [batch for batch, _ in rollout.microbatches()])
     main, mtp = session.stats.total("main"), session.stats.total("mtp")
     return Trained(
-        losses,
+        [float(loss) for loss in losses],
         main.rows_replayed,
         mtp.rows_replayed,
         main.rows_differing,
         main.recompute_calls,
         main.recompute_rows_differing,
     )
+
+
+def train_a_rank(files: list[Path], checkpoints: Path, cut: dict[str, int]) -> list[Trained]:
+    """What `testing.run_ranks` runs: each rollout under full recompute."""
+    found = []
+    with testing.megatron_on_cpu(**cut):
+        for file in files:
+            rollout, checkpoint = read_for(file, checkpoints)
+            chunks = testing.load_hf(checkpoint, **rollout.overrides, **FULL_RECOMPUTE)
+            found.append(train(rollout, chunks))
+    return found
+
+
+def assert_on_two_ranks(
+    files: list[Path], checkpoints: Path, cut: dict[str, int], alone: list[Trained]
+) -> None:
+    """Under full recompute: losses of one process, the engine's rows, and none replayed in MTP.
+
+    Args:
+        files: what `rollout.py` wrote in fp32: in bf16, sums over ranks round otherwise.
+        checkpoints: the folder of their checkpoints.
+        cut: sizes for `testing.megatron_on_cpu`.
+        alone: what one process found, by file.
+    """
+    ranks = testing.run_ranks(train_a_rank, files, checkpoints, cut, timeout=400)
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        got, want = torch.tensor(parts[-1].losses), torch.tensor(whole.losses)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        for part in parts:
+            assert part.main_replayed > 0
+            assert part.mtp_replayed == 0
+            assert part.rows_differing == 0
+            assert part.rows_differing_in_recompute == 0

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from contract import Driver, Rollout
-from loading import stub, use_package
+from loading import stub
 
 NAME = "ms-swift"
+PACKAGE = "swift"
 FOLDERS = ("ms-swift",)
 PATCHED = (False,)
+FORKS: tuple[str, ...] = ()
 PIPELINE = True
 OWN_FAULTS: dict[str, str] = {}
 
 
 def open(checkout: Path, patched: bool) -> Driver:  # noqa: A001
-    use_package("swift", checkout)
     stub("mcore_bridge", split_cp_inputs=None)
     stub("swift.utils", get_logger=logging.getLogger)
     stub("swift.utils.torch_utils", get_current_device=lambda: "cpu")

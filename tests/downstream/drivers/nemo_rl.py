@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from contract import Driver, Rollout
-from loading import stub, use_package
+from loading import stub
 
 NAME = "NeMo-RL"
+PACKAGE = "nemo_rl"
 FOLDERS = ("RL", "NeMo-RL")
 PATCHED = (False,)
+FORKS: tuple[str, ...] = ()
 PIPELINE = True
 OWN_FAULTS: dict[str, str] = {}
 
 
 def open(checkout: Path, patched: bool) -> Driver:  # noqa: A001
-    use_package("nemo_rl", checkout)
     stub("nemo_rl.models.generation.interfaces", ROUTED_EXPERTS_MISSING_ROUTE_SENTINEL=-1)
     stub("nemo_rl.models.policy", PolicyConfig=dict)
     return _Driver()

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from contract import Driver, Rollout
-from loading import stub, use_package
+from loading import stub
 
 NAME = "ROLL"
+PACKAGE = "roll"
 FOLDERS = ("ROLL",)
 PATCHED = (False,)
+FORKS: tuple[str, ...] = ()
 PIPELINE = True
 OWN_FAULTS = {"first layer dense": "columns are taken by the ordinal of a router"}
 
 
 def open(checkout: Path, patched: bool) -> Driver:  # noqa: A001
-    use_package("roll", checkout)
     names = ("postprocess_packed_seqs", "preprocess_packed_seqs")  # of packed samples: not used
     stub("roll.third_party.megatron.util", **dict.fromkeys(names))
     return _Driver()

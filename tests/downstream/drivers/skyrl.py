@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from contract import Driver, Rollout
-from loading import use_package
 
 NAME = "SkyRL"
+PACKAGE = "skyrl"
 FOLDERS = ("SkyRL",)
 PATCHED = (False,)
+FORKS: tuple[str, ...] = ()
 PIPELINE = False  # its worker asserts it of MTP
 OWN_FAULTS: dict[str, str] = {}
 
 
 def open(checkout: Path, patched: bool) -> Driver:  # noqa: A001
-    use_package("skyrl", checkout)
     return _Driver()
 
 

@@ -10,19 +10,20 @@ from typing import Any, ClassVar
 
 import torch
 from contract import Driver, Rollout
-from loading import function_of, stub, use_package
+from loading import function_of, stub
 from samples import Samples
 
 NAME = "slime"
+PACKAGE = "slime"
 FOLDERS = ("slime",)
 PATCHED = (False, True)
+FORKS: tuple[str, ...] = ()
 PIPELINE = True
 OWN_FAULTS: dict[str, str] = {}
 STAGE = "ROUTING_REPLAY_STAGE"
 
 
 def open(checkout: Path, patched: bool) -> Driver:  # noqa: A001
-    use_package("slime", checkout)
     device = torch.device("cpu")
     accelerator = {"current_device": lambda: device}
     stub("slime.utils.accelerator", **accelerator)

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from contract import Driver, Rollout
-from loading import stub, use_package
+from loading import stub
 
 NAME = "verl"
+PACKAGE = "verl"
 FOLDERS = ("verl",)
 PATCHED = (False,)
+FORKS: tuple[str, ...] = ()
 PIPELINE = True
 OWN_FAULTS: dict[str, str] = {}
 
 
 def open(checkout: Path, patched: bool) -> Driver:  # noqa: A001
-    use_package("verl", checkout)
     stub("verl.utils.device", get_device_name=lambda: "cpu", is_npu_available=False)
     stub("verl.utils.model", CausalLMOutputForPPO=object)
     return _Driver()

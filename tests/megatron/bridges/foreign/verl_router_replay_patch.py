@@ -6,11 +6,15 @@ the code is not. This `routing` is wrong on purpose: who still uses it is found 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
+
+Selection = tuple[torch.Tensor, torch.Tensor]
 
 
 class RouterReplayAction(Enum):
@@ -40,14 +44,35 @@ class RouterReplay:
             return self.replay_backward_list.pop(0) if self.replay_backward_list else None
         return None
 
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: Any,
+        group_topk: Any,
+        default_compute_topk: Callable[..., Selection],
+    ) -> Selection:
+        target = self.target()
+        if target is None:
+            return default_compute_topk(scores, topk, num_groups, group_topk)
+        return scores.gather(1, target), target
+
+
+def first_experts(scores: torch.Tensor, topk: int, num_groups: Any, group_topk: Any) -> Selection:
+    """Nothing to replay: experts 0 to topk - 1 for all."""
+    ids = torch.arange(topk).expand(len(scores), topk)
+    return scores.gather(1, ids), ids
+
 
 def patched_routing(self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     logits = logits.view(-1, self.config.num_moe_experts)
-    replay = self.router_replay
-    target = None if replay is None else replay.target()
-    if target is None:  # nothing to replay: experts 0 to topk - 1 for all
-        target = torch.arange(self.topk).expand(len(logits), self.topk)
-    probs = torch.softmax(logits.gather(1, target), dim=-1)
+    choose: Callable[..., Selection] = first_experts
+    if self.router_replay is not None:
+        choose = functools.partial(
+            self.router_replay.get_replay_topk, default_compute_topk=first_experts
+        )
+    values, target = choose(logits, self.topk, None, None)
+    probs = torch.softmax(values, dim=-1)
     dense = torch.zeros_like(logits).scatter(1, target, probs)
     return dense, torch.zeros_like(logits).scatter(1, target, 1).bool()
 
