@@ -34,7 +34,8 @@ from tiny import (
 
 import r3patch
 from r3patch import Routes
-from r3patch.sessions import _passes, _preflight, _session
+from r3patch.sessions import _preflight, _session
+from r3patch.sessions._passes import ForwardPasses
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("cpu")]
 
@@ -117,13 +118,13 @@ def test_an_entry_that_fails_half_way_is_taken_back(
     model = build()
     session = r3patch.replay(model, [random_routes(model, 11)])
 
-    watch = _passes.ForwardPasses.watch
+    watch = ForwardPasses.watch
 
     def fail(passes: Any, chunk: Any) -> None:
         watch(passes, chunk)
         raise error
 
-    monkeypatch.setattr(_passes.ForwardPasses, "watch", fail)
+    monkeypatch.setattr(ForwardPasses, "watch", fail)
     with pytest.raises(error):
         session.open()
     assert_untouched(model)
