@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,15 @@ def test_nobody_keeps_a_configuration_of_his_own() -> None:
         if re.search(r"from r3patch\._config import .*\bCONFIG\b", file.read_text())
     ]
     assert importers == []
+
+
+def test_names_have_one_spelling() -> None:
+    """A variable in other letters is another one, and would be passed over."""
+    with pytest.raises(ConfigError, match="unknown environment variable R3PATCH_Measure"):
+        _config.read({"R3PATCH_Measure": "1"})
+
+
+def test_a_trace_named_as_a_folder_is_refused(tmp_path: Path) -> None:
+    """Also where there is no such folder yet."""
+    with pytest.raises(ConfigError, match="that is a folder, name a file in it"):
+        _config.read({"R3PATCH_TRACE": f"{tmp_path / 'new'}{os.sep}"})

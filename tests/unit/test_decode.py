@@ -28,6 +28,14 @@ def test_every_format_decodes_to_the_same_routes(
     assert not [w for w in recwarn.list if "writable" in str(w.message)]
 
 
+def test_sizes_that_are_given_count_more_than_those_of_the_config() -> None:
+    """A rollout of another depth, or of a pruned model, under the config of the whole one."""
+    sample = make()
+    whole = {"num_hidden_layers": 99, "num_experts": 999, "num_experts_per_tok": 9}
+    decoded = decode(FORMATS["sglang"](sample), config=whole, **sample.sizes)
+    assert decoded == sample.routes
+
+
 @pytest.mark.parametrize("encode", [FORMATS["sglang"], FORMATS["vllm narrow npy"]])
 def test_the_standard_library_decodes_too(encode: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """pybase64 is a matter of speed."""

@@ -147,6 +147,15 @@ def test_a_dead_layer_of_short_samples_is_found_at_top_1(
     assert "layers [4] have expert 0" in caplog.text
 
 
+def test_expert_0_may_stand_first_in_every_row() -> None:
+    """Of several experts a row, zeros in one place are no layer that was never captured."""
+    samples = [make(num_tokens=9, topk=2, seed=seed) for seed in range(8)]
+    for sample in samples:
+        sample.rows[:, 1] = [0, 1]
+    payloads = [ENCODE(sample) for sample in samples]
+    assert len(decode_batch(payloads, num_tokens=[9] * 8, **model(samples[0]))) == 8
+
+
 def test_tokens_may_be_arrays() -> None:
     """A padded batch is cut to its samples by the caller; each may be an array or a tensor."""
     sample = make(num_tokens=5)

@@ -14,12 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from r3patch import ReplayError, UnsupportedMegatronError
 from r3patch.sessions import _recompute
-from r3patch.sessions._recompute import (
-    CallLog,
-    in_backward,
-    require_checkpoint_frames,
-    surroundings,
-)
+from r3patch.sessions._recompute import CallLog, in_backward, surroundings
 
 
 @pytest.fixture(autouse=True, params=["torch tells its hooks", "torch 2.6 does not"])
@@ -325,10 +320,10 @@ def test_a_backward_inside_a_region_that_cannot_be_told_apart() -> None:
 
 def test_an_unknown_checkpoint_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch that holds the frame by another variable is named on entry, not a StopIteration."""
-    require_checkpoint_frames()
+    _recompute.require_checkpoint_frames()
     monkeypatch.setattr(_recompute, "_FRAME_VARIABLES", ("elsewhere",))
     with pytest.raises(UnsupportedMegatronError, match="holds no variable out of"):
-        require_checkpoint_frames()
+        _recompute.require_checkpoint_frames()
     with pytest.raises(ReplayError, match="this checkpoint implementation is not known"):
         non_reentrant(Router(), leaf())
 
@@ -345,13 +340,12 @@ def test_hooks_that_are_not_what_we_know_are_refused(
     def make(frame: object, *rest: Any) -> Any:
         held: Any = weakref.ref(other) if rest else other
         hook = known(held if change == "frame" else frame, *rest)
-        if change == "name":
-            hook.pack_hook.__qualname__ = "_other_hook"
+        hook.pack_hook.__qualname__ = "_other_hook" if change == "name" else name
         return hook
 
     monkeypatch.setattr(torch.utils.checkpoint, name, make)
     with pytest.raises(UnsupportedMegatronError, match="could not be matched to its forward"):
-        require_checkpoint_frames()
+        _recompute.require_checkpoint_frames()
 
 
 @BOTH

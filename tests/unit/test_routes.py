@@ -261,3 +261,9 @@ def test_repr_tells_the_sizes() -> None:
     assert text == (
         "Routes(num_tokens=3, layers=(4..61), topk=8, num_experts=256, invalid_rows=174)"
     )
+
+
+def test_rows_that_repeat_an_id_are_all_found() -> None:
+    """Whether the two stand side by side or apart."""
+    with pytest.raises(RoutesError, match=r"expected 3 distinct ids .* 2 of 3 rows are like this"):
+        Routes([[[4, 4, 1]], [[0, 1, 2]], [[2, 3, 2]]], (1,), num_experts=5)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3patch import RoutesError
-from r3patch.rows.spread import spread_rows
+from r3patch.rows.spread import spread_missing, spread_rows
 
 
 @st.composite
@@ -75,3 +75,10 @@ def test_sizes_that_cannot_be_spread_are_refused(
     """Repeated experts in a row are never the answer."""
     with pytest.raises(RoutesError, match=message):
         spread_rows(4, topk, experts, ep_size=ep_size)
+
+
+def test_layers_go_on_where_the_layer_before_ended() -> None:
+    """The same gaps in two layers load other experts."""
+    rows, gaps = torch.zeros(2, 4, 2, dtype=torch.uint8), torch.arange(4)
+    spread_missing(rows, [gaps, gaps], [16, 16])
+    assert sorted(rows.flatten().tolist()) == list(range(16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import logging
 import math
@@ -125,6 +126,24 @@ def test_nan_and_infinity_are_text_that_any_json_reader_takes(path: Path) -> Non
     record = strict(path.read_text())
     assert record["notes"] == {"mean_abs": "nan", "k1": "inf", "k3": "-inf"}
     assert math.isnan(float(record["notes"]["mean_abs"]))
+
+
+def test_integers_that_no_double_holds_are_written_as_doubles(path: Path) -> None:
+    """Readers of other languages have nothing else, and ours takes no count beyond them."""
+    trace.write(trace.session("replay", notes={"small": 2**53 - 1, "large": 2**60}))
+    notes = strict(path.read_text())["notes"]
+    assert notes == {"small": 2**53 - 1, "large": 2.0**60}
+    assert [type(value) for value in notes.values()] == [int, float]
+
+
+def test_tokens_that_were_cut_short_are_none() -> None:
+    """Also where only the checksum behind them is missing."""
+    text = trace.pack_tokens(b"\1\2\0")
+    assert text is not None
+    cut = base64.b64encode(base64.b64decode(text)[:-4]).decode()
+    assert trace.unpack_tokens(text) == b"\1\2\0"
+    with pytest.raises(ValueError, match="cut short"):
+        trace.unpack_tokens(cut)
 
 
 def test_each_rank_writes_its_own_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
