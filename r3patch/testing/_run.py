@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def _collect(children: list[Any], results: Any, timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     while len(answers) < len(children):
         while not results.empty():
-            rank, answer, failure = results.get()
+            rank, answer, failure = pickle.loads(results.get())  # noqa: S301  # our own child
             if failure is not None:
                 raise RuntimeError(f"rank {rank} raised:\n{failure}")
             answers[rank] = answer
@@ -114,10 +115,11 @@ def _rank(function: Any, args: Any, rank: int, ranks: int, port: int, results: A
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    # As bytes: torch's queues hand tensors over by a file that is gone with the rank.
     try:
-        results.put((rank, function(*args), None))
+        results.put(pickle.dumps((rank, function(*args), None)))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        results.put(pickle.dumps((rank, None, traceback.format_exc())))
         raise SystemExit(1) from None
 
 

@@ -156,6 +156,12 @@ def test_seeded_weights_do_not_depend_on_the_order_of_building() -> None:
     assert not all(other)
 
 
+def test_what_ranks_return_outlives_them() -> None:
+    """A tensor, too, which torch would hand over by a file of the rank."""
+    answers = testing.run_ranks(torch.arange, 100_000, timeout=60)
+    assert all(torch.equal(answer, torch.arange(100_000)) for answer in answers)
+
+
 def test_ranks_are_ended_in_time() -> None:
     """A rank that hangs is a TimeoutError that names it, and no child is left."""
     import multiprocessing
