@@ -209,10 +209,9 @@ def _order_of_the_pack(rows: Tensor, ids: Tensor, width: int) -> str:
         if end - before <= _RUN:
             continue
         found = _places(rows[before + 1 : end], ids)
-        place = next((at for at in found if at not in places), None)
-        if place is None:
+        if not found:
             return ""
-        places.append(place)
+        places.append(found[0])  # equal samples share a place, and keep their order
     order = sorted(range(len(places)), key=places.__getitem__)
     if order == sorted(order):
         return ""
@@ -274,7 +273,6 @@ def _distance(rows: Tensor, ids: Tensor) -> int:
     votes: Counter[int] = Counter()
     for start in runs[:: max(1, len(runs) // _ANCHORS)]:
         votes.update((_starts(rows[start : start + _RUN], ids) - start).tolist())
-    votes.pop(0, None)
     least = max(_RUN, int((rows >= 0).sum()) / 4)
     for distance, _ in votes.most_common(_CANDIDATES):
         if distance > 0 and _explains(rows[:-distance], ids[distance:], least):

@@ -197,3 +197,29 @@ def test_many_tokens_take_no_time(tokens: str, batch: int) -> None:
     begin = time.thread_time()
     told(rows, ids, batch)
     assert time.thread_time() - begin < 2.0
+
+
+def test_a_part_of_this_microbatch_is_not_another_one() -> None:
+    """A shorter microbatch that begins alike does not hold what the model got."""
+    ids = packed(samples(100_000), valid=False)
+    rows = packed([draw(length, 100_000, 77 + length) for length in LENGTHS], valid=True)
+    assert "tokens of microbatch" not in cause(rows, ids, {1: ids[:20]}, number=3, batch=1)
+
+
+def test_equal_samples_of_a_batch_have_places_of_their_own() -> None:
+    """Two responses to a prompt can be the same tokens."""
+    one, other = draw(30, 100_000, 1), draw(41, 100_000, 2)
+    rows = padded([other, one, one], valid=True)
+    text = told(rows, padded([one, one, other], valid=False), 3)
+    assert "the samples in the order [1, 2, 0]" in text
+    rows = packed([one, other, one], valid=True)
+    text = told(rows, packed([one, one, other], valid=False), 1)
+    assert "the samples in the order [0, 2, 1]" in text
+
+
+def test_one_token_is_no_padding() -> None:
+    """That all differing rows have the same token means nothing where there is one."""
+    parts = samples(100_000)
+    ids = packed(parts, valid=False)
+    ids[20] = 0
+    assert "padding?" not in told(packed(parts, valid=True), ids, 1)
