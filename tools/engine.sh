@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # engine.sh PYTHON [--write]: a real vLLM on this CPU generates, offline and over HTTP, and stock
 # Megatron replays what it sent: 0.16.1, and 0.19.2 where there is a Python for it. PYTHON is 3.11,
-# or python3.11 is taken. --write: what it sent becomes the tests' data, the table the page's.
+# or one on this machine is taken. --write: what it sent becomes the tests' data, the table the page's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 write=${2:-}
-for python in "$1" python3.11 ""; do
-    case $("$python" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) in "3 11") break ;; esac
-done
+python=$1
+if [ "$("$python" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null)" != "3 11" ]; then
+    python=$(tools/pythons.sh 11)
+fi
 if [ -z "$python" ]; then
     echo "$1 is $("$1" --version 2>&1), expected Python 3.11, which vLLM's CPU build is for:" \
         "make engine PYTHON=python3.11" >&2
@@ -26,12 +27,8 @@ if [ "$(cat $engine/stamp 2>/dev/null)" != "$stamp" ]; then
     echo "$stamp" >$engine/stamp
 fi
 venvs=("$(tools/venv.sh dev "$python")")
-for newer in python3.12 python3.13; do
-    if "$newer" -c 'import venv, ensurepip' 2>/dev/null; then
-        venvs+=("$(tools/venv.sh dev "$newer")")
-        break
-    fi
-done
+newer=$(tools/pythons.sh 12 13)
+if [ -n "$newer" ]; then venvs+=("$(tools/venv.sh dev "$newer")"); fi
 
 run=.venv/engine-run
 rm -rf $run && mkdir $run

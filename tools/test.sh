@@ -6,19 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
-candidates=(python3 python3.11 python3.12 python3.13 python3.10)
-for root in "${PYENV_ROOT:-$HOME/.pyenv}"; do
-    for python in "$root"/versions/*/bin/python; do candidates+=("$python"); done
-done
-old="" new=""
-for python in "${candidates[@]}"; do
-    # A shim of pyenv can be on the path and fail: only what runs counts.
-    minor=$("$python" -c 'import sys, venv, ensurepip; print(sys.version_info[1] if sys.version_info[0] == 3 else 0)' 2>/dev/null) || continue
-    case "$minor" in
-        10 | 11) old=${old:-$python} ;;
-        12 | 13) new=${new:-$python} ;;
-    esac
-done
+old=$(tools/pythons.sh 10 11) new=$(tools/pythons.sh 12 13)
 pythons=(${old:+"$old"} ${new:+"$new"})
 if [ "${#pythons[@]}" -lt "${REQUIRE_PYTHONS:-1}" ]; then
     echo "found ${#pythons[@]} suitable Pythons (3.10-3.11: '${old:-none}', 3.12-3.13:" \
