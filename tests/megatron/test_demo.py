@@ -49,6 +49,11 @@ def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     assert "<strong>Good" in text
 
 
+def heed_interrupts() -> None:
+    """A test run in the background of a shell script ignores them, and what it starts would."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals to a group of processes")
 @pytest.mark.parametrize("delay", [0, 1])  # the workers start, and import
 def test_an_interrupt_ends_the_workers_too(tmp_path: Path, delay: int) -> None:
@@ -60,6 +65,7 @@ def test_an_interrupt_ends_the_workers_too(tmp_path: Path, delay: int) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509  # no other thread runs then
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
