@@ -42,7 +42,9 @@ def replayed(file: Path, checkpoints: Path) -> tuple[str, oracle.Trained]:
         )
     check(rollout, found)
     assert found.mtp_replayed == plain.mtp_replayed == recomputed.mtp_replayed == 0
-    assert plain.losses == recomputed.losses
+    # Not to the bit: the no-grad pass of Megatron 0.18 and newer does not sort a row's ids.
+    pairs = zip(plain.losses, recomputed.losses, strict=True)
+    assert max(abs(one - other) for one, other in pairs) < 1e-5, (plain.losses, recomputed.losses)
     assert recomputed.recompute_calls > 0
     assert recomputed.rows_differing_in_recompute == 0
     return line(rollout, found, via="HTTP" if "http" in file.stem else "offline"), recomputed
