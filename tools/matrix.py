@@ -191,14 +191,17 @@ def _counts(junit: Path) -> dict[str, int]:
 @functools.cache
 def _environment(version: str) -> str:
     """The interpreter of tools/venv.sh's environment for a Python, with the wheel of this tree."""
-    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = sorted(root.glob(f"versions/{version}*/bin/python"))
-    python = str(found[-1]) if found else shutil.which(f"python{version}")
-    if python is None:
+    python = _printed("pythons.sh", version.partition(".")[2])
+    if not python:
         raise SystemExit(f"there is no Python {version} on this machine")
-    command = [str(ROOT / "tools" / "venv.sh"), "dev", python]
+    return str(ROOT / _printed("venv.sh", "dev", python) / "bin" / "python")
+
+
+def _printed(script: str, *arguments: str) -> str:
+    """What a script of this folder prints."""
+    command = [str(ROOT / "tools" / script), *arguments]
     made = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return str(ROOT / made.stdout.strip() / "bin" / "python")
+    return made.stdout.strip()
 
 
 def _unpacked(cell: Cell, python: str) -> Path:

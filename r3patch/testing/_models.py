@@ -99,7 +99,15 @@ def tiny_config(shape: str = "glm47_flash", **overrides: Any) -> Any:
         shape: a key of `SHAPES`.
         overrides: fields of the config.
     """
-    return make_config({**SHAPES[shape], **overrides})
+    return make_config(_fields(shape, overrides))
+
+
+def _fields(shape: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The shape's fields and the caller's own, by which its attention may be plain."""
+    published = SHAPES[shape]
+    if not overrides.get("multi_latent_attention", True):  # the config of plain attention lacks it
+        published = {name: value for name, value in published.items() if name not in _MLA}
+    return {**published, **overrides}
 
 
 def make_config(own: dict[str, Any]) -> Any:
@@ -113,9 +121,6 @@ def make_config(own: dict[str, Any]) -> Any:
         fields["moe_layer_freq"] = (frequency + [1] * num_layers)[:num_layers]
     if fields["num_moe_experts"] is None:  # a dense model: Megatron refuses MoE settings there
         fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
-    mla = fields.get("multi_latent_attention", False)
-    if not mla:  # whose settings the config of plain attention has not
-        fields = {name: value for name, value in fields.items() if name not in _MLA}
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     fields = {
@@ -131,6 +136,7 @@ def make_config(own: dict[str, Any]) -> Any:
         "batch_p2p_comm": virtual is None,
         **fields,
     }
+    mla = fields.get("multi_latent_attention", False)
     return (MLATransformerConfig if mla else TransformerConfig)(**fields)
 
 
@@ -166,7 +172,7 @@ def tiny_model(
         UnsupportedMegatronError: the installed Megatron cannot build the shape.
     """
     sizes = Sizes(vocab_size, max_sequence_length, rotary_base, rotary_percent)
-    return build_model({**SHAPES[shape], **overrides}, sizes, hybrid=shape == "nemotron_hybrid")
+    return build_model(_fields(shape, overrides), sizes, hybrid=shape == "nemotron_hybrid")
 
 
 def build_model(

@@ -68,10 +68,7 @@ def test_rows_without_routes_are_the_models_own(dtype: str, recompute: Any) -> N
 def test_megatrons_schedule(microbatches: int, device: torch.device) -> None:
     """`testing.train_step` with tokens checked: the bits of the plain step, and no alarm."""
     chunks = [tiny.build().to(device)]
-    batches = [
-        {name: part.to(device) for name, part in each.items()}
-        for each in testing.random_batches(num_microbatches=microbatches)
-    ]
+    batches = [tiny.here(each) for each in testing.random_batches(num_microbatches=microbatches)]
 
     def step() -> dict[str, torch.Tensor]:
         chunks[0].zero_grad()

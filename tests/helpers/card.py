@@ -31,8 +31,7 @@ def build(**fields: Any) -> Any:
 
 def batch(seed: int) -> dict[str, torch.Tensor]:
     """`tiny.batch` on the device where Megatron runs."""
-    device = torch.cuda.current_device()
-    return {name: part.to(device) for name, part in tiny.batch(seed).items()}
+    return tiny.here(tiny.batch(seed))
 
 
 def own_routes(model: Any, seeds: tuple[int, ...] = (1, 2)) -> list[Routes]:

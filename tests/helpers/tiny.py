@@ -119,9 +119,14 @@ def shuffled(routes: Routes) -> Routes:
     return Routes(routes.experts[..., order], routes.layers, num_experts=routes.num_experts)
 
 
-def loss_of(model: Any, seed: int) -> torch.Tensor:
+def here(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch where Megatron runs: on the card in tests/gpu, on the CPU elsewhere."""
     device = torch.cuda.current_device()
-    loss: torch.Tensor = model(**{name: x.to(device) for name, x in batch(seed).items()}).mean()
+    return {name: part.to(device) for name, part in batch.items()}
+
+
+def loss_of(model: Any, seed: int) -> torch.Tensor:
+    loss: torch.Tensor = model(**here(batch(seed))).mean()
     return loss
 
 

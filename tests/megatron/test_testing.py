@@ -156,6 +156,17 @@ def test_seeded_weights_do_not_depend_on_the_order_of_building() -> None:
     assert not all(other)
 
 
+def test_plain_attention_takes_no_field_of_another() -> None:
+    """A shape's own fields of MLA go with it; the caller's are refused by Megatron's config."""
+    plain: dict[str, Any] = {"multi_latent_attention": False}
+    with testing.megatron_on_cpu():
+        assert testing.tiny_config("glm47_flash").multi_latent_attention
+        assert not testing.tiny_config("glm47_flash", **plain).multi_latent_attention
+        for shape, fields in (("qwen3_moe", {}), ("glm47_flash", plain)):
+            with pytest.raises(TypeError, match="q_lora_rank"):
+                testing.tiny_config(shape, q_lora_rank=8, **fields)
+
+
 def test_what_ranks_return_outlives_them() -> None:
     """A tensor, too, which torch would hand over by a file of the rank."""
     answers = testing.run_ranks(torch.arange, 100_000, timeout=60)
